@@ -1,0 +1,223 @@
+"""The shapes that data takes on its way from prepared tables to a model: the ground floor of every room.
+
+Only torch, numpy and safetensors are imported here.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+NO_ITEM = -1
+"""Item id that fills the end of a ranked list shorter than k."""
+
+SPLIT_ROLES = ("train", "valid", "test")
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave (file, config, key); scripts print it as one line and exit with code 2."""
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        InputError: if the file is missing, truncated or not a safetensors file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist. Check the path, or build the folder that should hold it again.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}). Delete it and build it again, or copy it again."
+        ) from error
+
+
+def _pack_strings(strings: list[str]) -> tuple[Tensor, Tensor]:
+    encoded = [string.encode("utf-8") for string in strings]
+    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in encoded], out=offsets[1:])
+    return torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8), torch.from_numpy(offsets)
+
+
+def _unpack_strings(text: Tensor, offsets: Tensor) -> list[str]:
+    raw, bounds = text.numpy().tobytes(), offsets.tolist()
+    return [raw[begin:end].decode("utf-8") for begin, end in pairwise(bounds)]
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """What a person wants to know of every item; position i describes item_id i.
+
+    Attributes:
+        item_keys: the source's own ids, distinct.
+        titles: readable names, "" where the source has none.
+        categories: most specific category path joined by " > ", "" where unknown.
+        cold: [N] bool, true where no training range of the split contains the item; None when not known.
+    """
+
+    item_keys: list[str]
+    titles: list[str]
+    categories: list[str]
+    cold: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {"item_keys": len(self.item_keys), "titles": len(self.titles), "categories": len(self.categories)}
+        if self.cold is not None:
+            lengths["cold"] = len(self.cold)
+        if len(set(lengths.values())) > 1:
+            raise InputError(f"Catalogue expected columns of one length, got {lengths}.")
+
+    def __len__(self) -> int:
+        return len(self.item_keys)
+
+    def display_name(self, item_id: int) -> str:
+        """Title of an item, or its key where it has no title."""
+        return self.titles[item_id] or self.item_keys[item_id]
+
+    def save(self, path: Path) -> None:
+        """Write as one safetensors file: UTF-8 bytes and int64 offsets per column."""
+        tensors: dict[str, Tensor] = {}
+        for name in ("item_keys", "titles", "categories"):
+            tensors[f"{name}.bytes"], tensors[f"{name}.offsets"] = _pack_strings(getattr(self, name))
+        if self.cold is not None:
+            tensors["cold"] = self.cold.to(torch.bool)
+        save_file(tensors, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Catalogue":
+        """Read what `save` wrote; InputError when the file is missing, truncated or of another kind."""
+        tensors = read_safetensors(path)
+        try:
+            columns = {
+                name: _unpack_strings(tensors[f"{name}.bytes"], tensors[f"{name}.offsets"])
+                for name in ("item_keys", "titles", "categories")
+            }
+        except KeyError as error:
+            raise InputError(f"{path} is not a catalogue: it lacks {error}.") from error
+        return cls(**columns, cold=tensors.get("cold"))
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """Every user's interactions in time order, packed.
+
+    Attributes:
+        offsets: [U+1] int32 row boundaries.
+        item_ids: [T] int32.
+        timestamps: [T] int64 seconds, or the order index where the source has no time.
+        user_hashes: [U] int64 stable hashes of the user keys.
+    """
+
+    offsets: Tensor
+    item_ids: Tensor
+    timestamps: Tensor
+    user_hashes: Tensor
+
+    @property
+    def num_users(self) -> int:
+        """U, the number of history rows."""
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Parts of histories: example e is items [begins[e], ends[e]) of history row rows[e], with item ends[e] as target.
+
+    In a training role the items begins..ends (both included) are what training may see; an example strategy
+    chooses targets among them. Positions count from the start of the user's history.
+
+    Attributes:
+        rows, begins, ends: [E] int32.
+    """
+
+    rows: Tensor
+    begins: Tensor
+    ends: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A named, stored division of the histories into the roles train, valid and test."""
+
+    name: str
+    train: Ranges
+    valid: Ranges
+    test: Ranges
+
+    def role(self, role: str) -> Ranges:
+        """Ranges of one of SPLIT_ROLES."""
+        if role not in SPLIT_ROLES:
+            raise InputError(f"unknown split role {role!r}; valid roles: {', '.join(SPLIT_ROLES)}.")
+        return getattr(self, role)
+
+
+@dataclass(frozen=True, eq=False)
+class SeqBatch:
+    """A jagged batch of item histories.
+
+    Attributes:
+        item_ids: [T] int64, oldest first within a row.
+        offsets: [B+1] int32 row boundaries.
+        max_len: upper bound of the row lengths, a Python int.
+        user_hashes: [B] int64; zeros where users are unknown.
+        targets: [B] int64 item ids to predict, or None.
+    """
+
+    item_ids: Tensor
+    offsets: Tensor
+    max_len: int
+    user_hashes: Tensor
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def to(self, device: torch.device | str) -> "SeqBatch":
+        """The same batch on another device."""
+        return replace(
+            self,
+            item_ids=self.item_ids.to(device),
+            offsets=self.offsets.to(device),
+            user_hashes=self.user_hashes.to(device),
+            targets=None if self.targets is None else self.targets.to(device),
+        )
+
+    @classmethod
+    def from_lists(cls, histories: list[list[int]]) -> "SeqBatch":
+        """A batch without users and targets from Python lists of item ids; rows may be empty."""
+        lengths = torch.tensor([len(history) for history in histories], dtype=torch.int64)
+        offsets = torch.zeros(len(histories) + 1, dtype=torch.int32)
+        offsets[1:] = lengths.cumsum(0)
+        item_ids = torch.tensor([item for history in histories for item in history], dtype=torch.int64)
+        max_len = int(lengths.max()) if len(histories) else 0
+        return cls(item_ids, offsets, max_len, torch.zeros(len(histories), dtype=torch.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedSeqBatch:
+    """A jagged batch as the retrieval model reads it.
+
+    Attributes:
+        tokens: [T] int64 indices into the model's token table (user token, codes, separators).
+        offsets: [B+1] int32 row boundaries.
+        max_len: upper bound of the row lengths, a Python int.
+        target_codes: [B, L] int64 codes of the target item per level (not offset by level), or None.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    max_len: int
+    target_codes: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
