@@ -60,8 +60,64 @@ class JaggedGather:
         )
 
 
+class ShuffledEpochs:
+    """An endless stream of shuffled epochs over numbered examples, addressed by step.
+
+    Args:
+        num_examples: examples per epoch.
+        batch_size: examples per process and step; a batch may cross an epoch's end.
+        seed: fixes the order.
+        process_index, num_processes: this process's share of each global batch.
+    """
+
+    def __init__(
+        self, num_examples: int, batch_size: int, seed: int, *, process_index: int = 0, num_processes: int = 1
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+        self.num_examples = num_examples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._process_index = process_index
+        self._num_processes = num_processes
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def examples(self, step: int) -> list[tuple[int, np.ndarray]]:
+        """(epoch, example numbers) of a step, one entry per epoch that the batch touches."""
+        first = (step * self._num_processes + self._process_index) * self._batch_size
+        epochs, positions = np.divmod(np.arange(first, first + self._batch_size), self.num_examples)
+        return [(int(epoch), self._order(int(epoch))[positions[epochs == epoch]]) for epoch in np.unique(epochs)]
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch, 0]).permutation(self.num_examples)
+
+
+class FeatureBatches:
+    """Batches of feature rows, read from memory or a memory-mapped matrix.
+
+    Args:
+        features: [N, D] float matrix.
+        batch_size: rows per process and step.
+        seed: fixes the order.
+        process_index, num_processes: this process's share of each global batch.
+    """
+
+    def __init__(
+        self, features: np.ndarray, batch_size: int, seed: int, *, process_index: int = 0, num_processes: int = 1
+    ) -> None:
+        self._features = features
+        self._epochs = ShuffledEpochs(
+            len(features), batch_size, seed, process_index=process_index, num_processes=num_processes
+        )
+
+    def batch(self, step: int) -> Tensor:
+        """[B, D] float32 rows of one step."""
+        rows = np.concatenate([examples for _, examples in self._epochs.examples(step)])
+        return torch.from_numpy(np.asarray(self._features[rows], dtype=np.float32))
+
+
 class TrainingBatches:
-    """An endless stream of shuffled epochs, addressed by step.
+    """Jagged training batches: shuffled epochs over the examples of a split's training ranges.
 
     Args:
         histories: where the items are; batches are built on their device.
@@ -85,11 +141,8 @@ class TrainingBatches:
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
-        if max_history < 1 or batch_size < 1:
-            raise InputError(
-                "TrainingBatches expected max_history and batch_size of at least 1, "
-                f"got {max_history} and {batch_size}."
-            )
+        if max_history < 1:
+            raise InputError(f"max_history must be at least 1, got {max_history}.")
         usable = ranges.ends > ranges.begins
         self._rows, self._begins, self._ends = (
             field[usable].cpu().numpy().astype(np.int64) for field in (ranges.rows, ranges.begins, ranges.ends)
@@ -98,34 +151,27 @@ class TrainingBatches:
             raise InputError("no training range holds two items, so there is nothing to predict. Check the data set.")
         self._strategy = strategy
         self._max_history = max_history
-        self._batch_size = batch_size
         self._seed = seed
-        self._process_index = process_index
-        self._num_processes = num_processes
         self._gather = JaggedGather(histories)
         self._device = histories.item_ids.device
-        targets_per_range = self._ends - self._begins if strategy is ExampleStrategy.EVERY_PREFIX else None
-        self._example_ends = None if targets_per_range is None else np.cumsum(targets_per_range)
-        self.num_examples = int(self._example_ends[-1]) if self._example_ends is not None else len(self._rows)
-        self._epoch_order = lru_cache(maxsize=2)(self._draw_epoch_order)
+        self._example_ends = np.cumsum(self._ends - self._begins)
+        self.num_examples = int(self._example_ends[-1]) if strategy is ExampleStrategy.EVERY_PREFIX else len(self._rows)
+        self._epochs = ShuffledEpochs(
+            self.num_examples, batch_size, seed, process_index=process_index, num_processes=num_processes
+        )
         self._epoch_windows = lru_cache(maxsize=2)(self._draw_epoch_windows)
 
     def batch(self, step: int) -> SeqBatch:
         """The batch of one step; the same arguments always give the same batch."""
-        first = (step * self._num_processes + self._process_index) * self._batch_size
-        positions = np.arange(first, first + self._batch_size)
-        epochs, within = np.divmod(positions, self.num_examples)
-        parts = [self._examples(int(epoch), within[epochs == epoch]) for epoch in np.unique(epochs)]
+        parts = [self._ranges_of(epoch, examples) for epoch, examples in self._epochs.examples(step)]
         rows, begins, ends = (
             torch.from_numpy(np.concatenate(columns)).to(self._device) for columns in zip(*parts, strict=True)
         )
         return self._gather(rows, begins, ends, self._max_history)
 
-    def _examples(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows, begins and target positions of the examples at shuffled positions of an epoch."""
-        examples = self._epoch_order(epoch)[positions]
+    def _ranges_of(self, epoch: int, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """History rows, context begins and target positions of an epoch's examples."""
         if self._strategy is ExampleStrategy.EVERY_PREFIX:
-            assert self._example_ends is not None
             ranges = np.searchsorted(self._example_ends, examples, side="right")
             targets = self._ends[ranges] - (self._example_ends[ranges] - 1 - examples)
             return self._rows[ranges], self._begins[ranges], targets
@@ -133,9 +179,6 @@ class TrainingBatches:
             begins, targets = self._epoch_windows(epoch)
             return self._rows[examples], begins[examples], targets[examples]
         return self._rows[examples], self._begins[examples], self._ends[examples]
-
-    def _draw_epoch_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch, 0]).permutation(self.num_examples)
 
     def _draw_epoch_windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Two distinct positions per range, uniform over the pairs: context start and target."""
@@ -158,12 +201,6 @@ def evaluation_batches(
 
 def cold_items(histories: Histories, split: Split, num_items: int) -> Tensor:
     """[N] bool, true for items that no training range of the split contains."""
-    difference = torch.zeros(len(histories.item_ids) + 1, dtype=torch.int32)
-    starts = histories.offsets.long()[split.train.rows.long()]
-    ones = torch.ones(len(split.train), dtype=torch.int32)
-    difference.index_add_(0, starts + split.train.begins, ones)
-    difference.index_add_(0, starts + split.train.ends + 1, -ones)
-    seen_positions = difference.cumsum(0)[:-1] > 0
     cold = torch.ones(num_items, dtype=torch.bool)
-    cold[histories.item_ids[seen_positions].long()] = False
+    cold[histories.item_ids[split.train.visible(histories)].long()] = False
     return cold

@@ -144,6 +144,15 @@ class Ranges:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def visible(self, histories: Histories) -> Tensor:
+        """[T] bool over the packed interactions: true for those that items begins..ends of some range cover."""
+        starts = histories.offsets.long()[self.rows.long()]
+        steps = torch.zeros(len(histories.item_ids) + 1, dtype=torch.int32)
+        ones = torch.ones(len(self), dtype=torch.int32)
+        steps.index_add_(0, starts + self.begins, ones)
+        steps.index_add_(0, starts + self.ends + 1, -ones)
+        return steps.cumsum(0)[:-1] > 0
+
 
 @dataclass(frozen=True, eq=False)
 class Split:

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from data.batching import ExampleStrategy, TrainingBatches, cold_items, evaluation_batches
+from data.batching import ExampleStrategy, FeatureBatches, TrainingBatches, cold_items, evaluation_batches
 from data.schemas import Histories, InputError, Ranges, Split
 
 
@@ -91,3 +92,12 @@ def test_ranges_without_a_target_are_refused(histories):
     lonely = Ranges(tensor32([1]), tensor32([0]), tensor32([0]))
     with pytest.raises(InputError, match="no training range holds two items"):
         TrainingBatches(histories, lonely, strategy=ExampleStrategy.LAST_ONLY, max_history=2, batch_size=1, seed=0)
+
+
+def test_feature_batches_visit_every_row_once_an_epoch():
+    features = np.arange(10, dtype=np.float16).reshape(5, 2)
+    stream = FeatureBatches(features, batch_size=2, seed=0)
+    epoch = torch.cat([stream.batch(step) for step in range(5)])
+    assert epoch.dtype == torch.float32
+    assert sorted(epoch[:5, 0].tolist()) == [0, 2, 4, 6, 8]
+    assert sorted(epoch[5:, 0].tolist()) == [0, 2, 4, 6, 8]
