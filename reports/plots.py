@@ -1,0 +1,97 @@
+"""Curves of a run, drawn from its metrics.jsonl alone.
+
+report/loss.png            training loss and its parts, validation loss where there is one
+report/learning_rate.png   learning rate and gradient norm
+report/codebook.png        codebook use, entropy, collisions
+report/metrics.png         all other validation metrics, without their confidence bounds
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from data.schemas import InputError
+
+Curve = tuple[list[int], list[float]]
+
+_LEVEL = re.compile(r"_level_\d+$")
+_CODEBOOK = re.compile(r"codebook|_level_\d+$|/(unique_ratio|collision_rate|largest_group)$")
+_CONFIDENCE_BOUND = re.compile(r"_(low|high)$")
+_LOOP_FACTS = ("step", "seconds", "train/examples_per_second", "train/overflow_steps")
+
+
+def plot_run(metrics_log: Path, report: Path) -> list[Path]:
+    """Draw the curves of a run; figures without data are left out.
+
+    Args:
+        metrics_log: the run's metrics.jsonl; a last line that a crash cut short is ignored.
+        report: folder for the PNG files, created when missing.
+
+    Returns:
+        Paths of the figures written.
+
+    Raises:
+        InputError: if the log does not exist.
+    """
+    figures: dict[str, dict[str, Curve]] = defaultdict(dict)
+    for name, curve in _curves(metrics_log).items():
+        figures[_figure_of(name)][name] = curve
+    report.mkdir(parents=True, exist_ok=True)
+    return [_draw(figures[title], title, report / f"{title}.png") for title in sorted(figures)]
+
+
+def _curves(metrics_log: Path) -> dict[str, Curve]:
+    if not metrics_log.is_file():
+        raise InputError(f"{metrics_log} does not exist; give the metrics.jsonl of a run folder.")
+    curves: dict[str, Curve] = defaultdict(lambda: ([], []))
+    for line in metrics_log.read_text(encoding="utf-8").splitlines():
+        record = _record(line)
+        for name, value in record.items():
+            drawn = name not in _LOOP_FACTS and not _CONFIDENCE_BOUND.search(name)
+            if drawn and isinstance(value, int | float):
+                steps, values = curves[name]
+                steps.append(record["step"])
+                values.append(value)
+    return curves
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) and "step" in record else {}
+
+
+def _figure_of(name: str) -> str:
+    if name in ("train/learning_rate", "train/gradient_norm"):
+        return "learning_rate"
+    if _CODEBOOK.search(name):
+        return "codebook"
+    if name.startswith("train/") or name.rsplit("/", 1)[-1] in ("loss", "reconstruction", "quantize"):
+        return "loss"
+    return "metrics"
+
+
+def _draw(curves: dict[str, Curve], title: str, path: Path) -> Path:
+    """One panel per quantity: the slices of a metric, or the levels of a codebook, share a panel."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, Curve]] = defaultdict(dict)
+    for name, curve in sorted(curves.items()):
+        panels[_LEVEL.sub("", name.rsplit("/", 1)[-1])][name] = curve
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    figure.suptitle(title.replace("_", " "))
+    for index, (quantity, named) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, index, title=quantity, xlabel="step")
+        for name, (steps, values) in named.items():
+            axes.plot(steps, values, marker="." if len(steps) < 30 else None, label=name)
+        axes.grid(alpha=0.3)
+        if len(named) > 1:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM: the running step ends, a checkpoint is saved, the program leaves with code 130."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+EXIT_CODE = 130
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training stopped because the user or the system asked for it; what was reached is saved.
+
+    A KeyboardInterrupt, so that code which handles ordinary errors lets it pass.
+    """
+
+
+class _InterruptedEvaluationError(KeyboardInterrupt):
+    """Leaves an evaluation at once; training state is untouched by evaluations."""
+
+
+class InterruptGuard:
+    """Notes the first signal instead of dying from it; the second one is a plain KeyboardInterrupt.
+
+    Outside the main thread, where Python allows no signal handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._immediate = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "InterruptGuard":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Around work that may take minutes and changes nothing: a signal leaves it at once, and quietly."""
+        self._immediate = True
+        try:
+            yield
+        except _InterruptedEvaluationError:
+            pass
+        finally:
+            self._immediate = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self._immediate:
+            raise _InterruptedEvaluationError

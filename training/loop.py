@@ -1,0 +1,468 @@
+"""The one training loop: it knows tasks, not models.
+
+A step is one optimizer step: batches, loss, backward, clipping, update. Around the steps the loop logs, evaluates,
+keeps the best weights, saves checkpoints and stops. One process resumed from a checkpoint on a CPU does bitwise what
+it would have done without the interruption, dropout included.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import Tensor, nn
+from torch.optim import Adagrad, AdamW, Optimizer
+
+from data.schemas import InputError
+from training.checkpoint import CheckpointStore
+from training.interrupt import InterruptGuard, TrainingInterrupted
+from training.processes import on_main, process_state
+from training.progress import Progress
+from training.random_state import random_state, restore_random_state
+from training.run_folder import RunFolder
+from training.schedules import ScheduleName, build_scheduler
+from training.trackers import MetricsLog, tracker_names
+from training.window import Window
+
+
+class Batch(Protocol):
+    """Anything with a number of examples that can move to a device: a tensor, a SeqBatch."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device, /) -> Any:
+        """The same batch on a device."""
+        ...
+
+
+class Task(Protocol):
+    """What the loop needs to know of a system.
+
+    Attributes:
+        model: trained in place; after training it holds the best weights.
+        selection_metric: key of `evaluate`'s result that chooses the best weights.
+        higher_is_better: whether more of it is better.
+    """
+
+    model: nn.Module
+    selection_metric: str
+    higher_is_better: bool
+
+    def batch(self, step: int) -> Batch:
+        """Batch number `step` of this process, a pure function of (seed, step, process).
+
+        Batches are counted over the whole training: with accumulation over A batches, optimizer step s takes the
+        batches A * s to A * s + A - 1.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
+        """Scalars by name; "loss" is optimised, the rest is logged. `step` counts optimizer steps.
+
+        `model` may be wrapped for several processes: call it, and read attributes from the task's own.
+        """
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Validation metrics, never test. The model is unwrapped and in eval mode, gradients are off."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How to train.
+
+    Attributes:
+        num_steps: optimizer steps.
+        gradient_accumulation_steps: batches per optimizer step; their mean loss counts.
+        learning_rate: after warm-up, before decay.
+        schedule: see schedules.py.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
+        mixed_precision: "auto" is fp16 on CUDA and none elsewhere; fp16 needs CUDA.
+        eval_every, checkpoint_every, log_every: steps.
+        patience: evaluations without improvement after which training stops; None never.
+        keep_checkpoints: newest ones that stay on disk.
+        max_minutes: budget of training time, earlier parts of a resumed run included; None is unlimited.
+    """
+
+    num_steps: int
+    learning_rate: float
+    gradient_accumulation_steps: int = 1
+    optimizer: Literal["adamw", "adagrad"] = "adamw"
+    weight_decay: float = 0.0
+    schedule: ScheduleName = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    eval_every: int = 1000
+    patience: int | None = None
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    max_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = "num_steps gradient_accumulation_steps eval_every patience log_every checkpoint_every keep_checkpoints"
+        for name in counts.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"LoopConfig.{name} expected at least 1, got {value}.")
+        for name in ("learning_rate", "max_grad_norm", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"LoopConfig.{name} expected a positive number, got {value}.")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise InputError("LoopConfig.warmup_steps and LoopConfig.weight_decay expected 0 or more.")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How training ended.
+
+    Attributes:
+        best_metric, best_step: of the weights that the model now holds.
+        steps: optimizer steps done.
+        seconds: training time, earlier parts of a resumed run included.
+        stopped_because: "num_steps", "patience" or "max_minutes".
+    """
+
+    best_metric: float
+    best_step: int
+    steps: int
+    seconds: float
+    stopped_because: str
+
+
+def run_training(
+    task: Task,
+    config: LoopConfig,
+    run: RunFolder,
+    *,
+    seed: int,
+    resume: str | None = None,
+    wandb_logging: bool = False,
+    progress: bool | None = None,
+) -> TrainingResult:
+    """Train a task; afterwards `task.model` holds the best weights.
+
+    Args:
+        task: what to train.
+        config: how.
+        run: gets checkpoints and metrics.
+        seed: of dropout and other draws during training; the model is built by the caller.
+        resume: None, "auto" or a checkpoint's path.
+        wandb_logging: also log to W&B.
+        progress: True for a progress bar, False for lines, None for a bar on a terminal.
+
+    Raises:
+        InputError: for a precision that the hardware lacks, a loss that is not finite, an unusable checkpoint, a full
+            disk.
+        TrainingInterrupted: after Ctrl-C or SIGTERM; a checkpoint was saved.
+    """
+    accelerator = _accelerator(config.mixed_precision, wandb_logging)
+    set_seed(seed, device_specific=True)
+    trainer = _Trainer(task, config, run, accelerator, seed)
+    return trainer.run(resume, progress)
+
+
+def _accelerator(mixed_precision: str, wandb_logging: bool) -> Accelerator:
+    """A fresh Accelerator; one process may train several models, each with its own precision."""
+    device = process_state().device
+    if mixed_precision == "auto":
+        mixed_precision = "fp16" if device.type == "cuda" else "no"
+    if mixed_precision == "fp16" and device.type != "cuda":
+        raise InputError(
+            f'LoopConfig.mixed_precision = "fp16" needs a CUDA device, this run is on {device.type}. '
+            'Use "auto", "no" or "bf16".'
+        )
+    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError(f'{torch.cuda.get_device_name(device)} has no bf16. Use mixed_precision "auto" or "fp16".')
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision, log_with=tracker_names(wandb_logging))
+
+
+def _optimizer(model: nn.Module, config: LoopConfig) -> Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError("the model has no trainable parameters.")
+    if config.optimizer == "adagrad":
+        return Adagrad(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+
+
+@dataclass
+class _State:
+    """Where training stands; saved as progress.json."""
+
+    step: int = 0
+    evaluated_step: int = 0
+    best_metric: float | None = None
+    best_step: int = 0
+    evaluations_without_improvement: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """Where this process began: step and seconds done before, and the clock then."""
+
+    step: int
+    seconds: float
+    clock: float
+
+
+class _Trainer:
+    """One training run; `run` and `_train` are the whole story."""
+
+    def __init__(self, task: Task, config: LoopConfig, run: RunFolder, accelerator: Accelerator, seed: int) -> None:
+        self._task = task
+        self._config = config
+        self._run = run
+        self._accelerator = accelerator
+        self._state = _State()
+        self._store = CheckpointStore(run.checkpoints, config.keep_checkpoints)
+        self._log = MetricsLog(run, accelerator, {**asdict(config), "seed": seed})
+        self._guard = InterruptGuard()
+        task.model.to(accelerator.device)
+        optimizer = _optimizer(task.model, config)
+        self._scheduler = build_scheduler(
+            optimizer, config.schedule, warmup_steps=config.warmup_steps, num_steps=config.num_steps
+        )
+        self._optimizer = optimizer
+        self._model, _ = accelerator.prepare(task.model, optimizer)
+        # Accelerate casts inside forward alone; _backward casts all of the task's loss, and evaluation stays in fp32.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(task.model).pop(name, None)
+        self._parameters = list(self._model.parameters())
+        self._window = Window(accelerator, overflow_allowed=accelerator.scaler is not None)
+        self._saved_step = 0
+        self._learning_rate = 0.0
+
+    def run(self, resume: str | None, bar: bool | None) -> TrainingResult:
+        """Train to the end and load the best weights."""
+        is_main = self._accelerator.is_main_process
+        self._progress = Progress(num_steps=self._config.num_steps, bar=bar, enabled=is_main)
+        try:
+            self._resume(resume)
+            self._begin = _Begin(self._state.step, self._state.seconds, time.perf_counter())
+            with self._guard:
+                stopped_because = self._train()
+        finally:
+            self._progress.close()
+            self._log.close()
+        self._accelerator.wait_for_everyone()
+        self._store.load_best(self._task.model)
+        state = self._state
+        assert state.best_metric is not None
+        return TrainingResult(state.best_metric, state.best_step, state.step, self._seconds(), stopped_because)
+
+    def _train(self) -> str:
+        config, state = self._config, self._state
+        self._model.train()
+        self._window.restart_clock()
+        while True:
+            finished = self._finished()
+            if state.evaluated_step < state.step and (state.step % config.eval_every == 0 or finished):
+                self._aside(self._evaluate)
+                finished = finished or self._finished()
+            interrupted = self._agreed(self._guard.requested)
+            if state.step > self._saved_step and (state.step % config.checkpoint_every == 0 or finished or interrupted):
+                self._aside(self._save)
+            if interrupted:
+                self._progress.say(f"stopped at step {state.step}; continue with --resume auto")
+                raise TrainingInterrupted(f"stopped at step {state.step}")
+            if finished:
+                return finished
+            self._step()
+            if state.step % config.log_every == 0 or state.step == config.num_steps:
+                self._log_window()
+
+    def _finished(self) -> str | None:
+        """Why training ends here; None while it goes on."""
+        config, state = self._config, self._state
+        if config.patience is not None and state.evaluations_without_improvement >= config.patience:
+            return "patience"
+        if state.step >= config.num_steps:
+            return "num_steps"
+        limit = config.max_minutes
+        return "max_minutes" if self._agreed(limit is not None and self._seconds() >= 60 * limit) else None
+
+    def _step(self) -> None:
+        """One optimizer step."""
+        count = self._config.gradient_accumulation_steps
+        for index in range(count):
+            batch = self._task.batch(self._state.step * count + index).to(self._accelerator.device)
+            with nullcontext() if index == count - 1 else self._accelerator.no_sync(self._model):
+                self._backward(batch)
+        maximum = self._config.max_grad_norm
+        norm = self._accelerator.clip_grad_norm_(self._parameters, math.inf if maximum is None else maximum)
+        self._window.add_step(norm)
+        self._learning_rate = float(self._scheduler.get_last_lr()[0])
+        self._update()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        self._state.step += 1
+        self._progress.advance()
+
+    def _update(self) -> None:
+        """Step the optimizer itself: Accelerate's wrapper searches the installed packages twice at each step."""
+        scaler = self._accelerator.scaler
+        if scaler is None:
+            self._optimizer.step()
+        else:
+            scaler.step(self._optimizer)
+            scaler.update()
+
+    def _backward(self, batch: Any) -> None:
+        with self._accelerator.autocast():
+            losses = self._task.loss(self._model, batch, self._state.step)
+        self._accelerator.backward(losses["loss"] / self._config.gradient_accumulation_steps)
+        self._window.add_batch(losses, len(batch))
+
+    def _log_window(self) -> None:
+        self._require_finite()
+        values = self._window.read() | {"train/learning_rate": self._learning_rate}
+        self._window.reset()
+        self._log.write(self._state.step, self._seconds(), values)
+        self._progress.log(
+            self._state.step,
+            loss=values["train/loss"],
+            learning_rate=self._learning_rate,
+            examples_per_second=values["train/examples_per_second"],
+            left=self._seconds_left(),
+        )
+
+    def _require_finite(self) -> None:
+        if self._agreed_now(not self._window.is_finite()):
+            step, last = self._state.step, self._store.last()
+            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise InputError(
+                f"loss or gradient became infinite or NaN between steps {step - self._window.num_steps + 1} and "
+                f"{step}; {kept}. Lower LoopConfig.learning_rate, raise LoopConfig.warmup_steps, or set "
+                'LoopConfig.mixed_precision = "no".'
+            )
+
+    def _evaluate(self) -> None:
+        """Evaluate without a trace in the training: random states are put back, a signal abandons it."""
+        self._require_finite()
+        device, model, metrics = self._accelerator.device, self._task.model, None
+        before = random_state(device)
+        model.eval()
+        with self._guard.abandonable() if self._accelerator.num_processes == 1 else nullcontext(), torch.no_grad():
+            metrics = self._task.evaluate(model)
+        model.train()
+        restore_random_state(before, device)
+        if metrics is not None:
+            shared = [metrics]
+            broadcast_object_list(shared)
+            self._record_evaluation(shared[0])
+
+    def _record_evaluation(self, metrics: dict[str, float]) -> None:
+        state, name = self._state, self._task.selection_metric
+        self._log.write(state.step, self._seconds(), metrics)
+        value = metrics[name]
+        if not math.isfinite(value):
+            raise InputError(
+                f"evaluation at step {state.step} gave {name} = {value}; the model cannot be selected by it."
+            )
+        sign = 1 if self._task.higher_is_better else -1
+        improved = state.best_metric is None or sign * value > sign * state.best_metric
+        if improved:
+            on_main(lambda: self._store.save_best(self._task.model))
+            state.best_metric, state.best_step = value, state.step
+        state.evaluations_without_improvement = 0 if improved else state.evaluations_without_improvement + 1
+        state.evaluated_step = state.step
+        note = "best so far" if improved else f"best {state.best_metric:.4g} at step {state.best_step}"
+        self._progress.say(f"step {state.step}: {name} {value:.4g} ({note})")
+
+    def _save(self) -> None:
+        self._require_finite()
+        state = {
+            "model": self._task.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": self._accelerator.scaler.state_dict() if self._accelerator.scaler else None,
+            "window": self._window.state_dict(),
+            "random": gather_object([random_state(self._accelerator.device)]),
+        }
+        progress = {**asdict(self._state), "seconds": self._seconds()}
+        on_main(lambda: self._store.save(self._state.step, state, progress))
+        self._saved_step = self._state.step
+
+    def _resume(self, resume: str | None) -> None:
+        chosen: list[Path | None] = [None]
+
+        def choose() -> None:
+            self._store.clean()
+            overwrite = self._run.options.overwrite
+            chosen[0] = self._store.choose(resume, discard_newer=overwrite, say=self._progress.say)
+            self._store.adopt_best(chosen[0])
+
+        on_main(choose)
+        broadcast_object_list(chosen)
+        if chosen[0] is not None:
+            self._load(chosen[0])
+            self._progress.say(f"resumed from {chosen[0]}")
+        self._run.drop_metrics_after(self._state.step)
+        self._progress.start(self._state.step)
+
+    def _load(self, checkpoint: Path) -> None:
+        state, progress = self._store.read(checkpoint)
+        index, count = self._accelerator.process_index, self._accelerator.num_processes
+        if len(state["random"]) != count:
+            raise InputError(
+                f"{checkpoint} was saved by {len(state['random'])} processes, this run has {count}. Start as many."
+            )
+        try:
+            self._task.model.load_state_dict(state["model"])
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            summary = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{checkpoint} does not fit this model or optimizer: {summary} Resume with the config of that run, "
+                "or start again with --overwrite."
+            ) from error
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self._accelerator.scaler and state["scaler"]:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self._window.load_state_dict(state["window"])
+        self._state = _State(**progress)
+        self._saved_step = self._state.step
+        restore_random_state(state["random"][index], self._accelerator.device)
+
+    def _aside(self, work: Callable[[], None]) -> None:
+        """Do something whose time does not count as time of steps."""
+        started = time.perf_counter()
+        work()
+        self._window.pause(time.perf_counter() - started)
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any process raises the flag; several processes ask each other at log steps only."""
+        if self._accelerator.num_processes == 1:
+            return flag
+        return self._state.step % self._config.log_every == 0 and self._agreed_now(flag)
+
+    def _agreed_now(self, flag: bool) -> bool:
+        if self._accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(flags, reduction="sum") > 0)
+
+    def _seconds(self) -> float:
+        """Training time so far, earlier parts of a resumed run included."""
+        return self._begin.seconds + time.perf_counter() - self._begin.clock
+
+    def _seconds_left(self) -> float:
+        per_step = (time.perf_counter() - self._begin.clock) / max(self._state.step - self._begin.step, 1)
+        left = per_step * (self._config.num_steps - self._state.step)
+        limit = self._config.max_minutes
+        return left if limit is None else max(min(left, 60 * limit - self._seconds()), 0.0)

@@ -1,0 +1,248 @@
+"""The folder of a run: what was asked for, on what it ran, and what came out.
+
+config.gin             as given, includes inlined
+operative_config.gin   every parameter in use, with its origin
+env.json               versions, commit, hardware, seed, data; marks the folder as a run
+metrics.jsonl          one object per logged step
+metrics.json           final metrics
+checkpoints/           see checkpoint.py
+model/                 the artifact
+report/                plots
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.schemas import InputError
+from training.checkpoint import remove_checkpoints
+from training.files import disk_problem, replace_file
+from training.processes import on_main, process_state
+
+_FORMAT = 1
+_FILES = ("config.gin", "operative_config.gin", "env.json", "metrics.jsonl", "metrics.json")
+_FOLDERS = ("checkpoints", "model", "report")
+_PACKAGES = ("torch", "triton", "accelerate", "gin-config", "numpy", "safetensors", "einops", "polars", "wandb")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a training run was started.
+
+    Attributes:
+        resume: None, "auto" (newest whole checkpoint of the run folder, or a fresh start), or a checkpoint's path.
+        overwrite: replace the run that the folder holds.
+        config_text: config as given.
+        operative_config: every parameter in use.
+        command: command line.
+    """
+
+    resume: str | None = None
+    overwrite: bool = False
+    config_text: str = ""
+    operative_config: str = ""
+    command: str = ""
+
+
+class RunFolder:
+    """Paths and records of one run. Under several processes only the main one writes."""
+
+    def __init__(self, root: Path, options: RunOptions) -> None:
+        self.root = root
+        self.options = options
+        self.checkpoints = root / "checkpoints"
+        self.model = root / "model"
+        self.report = root / "report"
+        self.metrics_log = root / "metrics.jsonl"
+
+    @classmethod
+    def open(
+        cls, root: str | Path, options: RunOptions, *, seed: int, data_manifest_hash: str | None = None
+    ) -> "RunFolder":
+        """Create the folder of a new run, or reopen that of a run to be continued.
+
+        Raises:
+            InputError: if the folder holds a run and neither `resume` nor `overwrite` allows touching it, if it holds
+                files of those names that no run wrote, if the run to continue used other data, or if the folder
+                cannot be written.
+        """
+        run = cls(Path(root), options)
+        on_main(lambda: run._prepare(seed, data_manifest_hash))
+        return run
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl; numbers that are not finite become null."""
+        if process_state().is_main_process:
+            with self.metrics_log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_json_ready(record), allow_nan=False) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget what was logged after a step: a resumed run logs it again."""
+        if process_state().is_main_process and self.metrics_log.is_file():
+            lines = self.metrics_log.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if (logged := _step_of(line)) is not None and logged <= step]
+            replace_file(self.metrics_log, "".join(f"{line}\n" for line in kept))
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write the final metrics.json; numbers that are not finite become null."""
+        text = json.dumps(_json_ready(metrics), indent=2, allow_nan=False) + "\n"
+        on_main(lambda: replace_file(self.root / "metrics.json", text))
+
+    def _prepare(self, seed: int, data_manifest_hash: str | None) -> None:
+        try:
+            self._claim(data_manifest_hash)
+            self.root.mkdir(parents=True, exist_ok=True)
+            for folder in (self.checkpoints, self.report):
+                folder.mkdir(exist_ok=True)
+            if self.options.config_text:
+                replace_file(self.root / "config.gin", self.options.config_text)
+                replace_file(self.root / "operative_config.gin", self.options.operative_config)
+            environment = _environment(self.options.command, seed, data_manifest_hash)
+            replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n")
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(
+                f"train.save_dir_root = {str(self.root)!r} cannot be a folder: {error.filename}: "
+                f"{error.strerror}. Choose another path."
+            ) from error
+        except OSError as error:
+            problem = disk_problem(error)
+            if problem is None:
+                raise
+            raise InputError(
+                f"cannot write the run folder {self.root}: {problem}. Set train.save_dir_root to a writable folder."
+            ) from error
+
+    def _claim(self, data_manifest_hash: str | None) -> None:
+        present = [name for name in (*_FILES, *_FOLDERS) if (self.root / name).exists()]
+        if not present:
+            return
+        previous = _read_environment(self.root / "env.json")
+        if previous is None:
+            raise InputError(
+                f"{self.root} holds {', '.join(present)} but no run wrote it (env.json is missing or foreign). "
+                "Set train.save_dir_root to another folder."
+            )
+        if self._continues():
+            self._check_same_data(previous, data_manifest_hash)
+        elif self.options.overwrite:
+            self._remove_run()
+        else:
+            raise InputError(
+                f"{self.root} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
+                "or set train.save_dir_root to another folder."
+            )
+
+    def _continues(self) -> bool:
+        """Whether this run goes on in its own folder, rather than starting from another run's checkpoint."""
+        resume = self.options.resume
+        return resume == "auto" or (resume is not None and Path(resume).resolve().is_relative_to(self.root.resolve()))
+
+    def _check_same_data(self, previous: dict[str, Any], data_manifest_hash: str | None) -> None:
+        before = previous.get("data_manifest_hash")
+        if before is not None and data_manifest_hash is not None and before != data_manifest_hash:
+            raise InputError(
+                f"the run in {self.root} was trained on other data (manifest {before[:12]}, now "
+                f"{data_manifest_hash[:12]}). Resume with the data it had, or start a new run elsewhere."
+            )
+
+    def _remove_run(self) -> None:
+        """Remove what a run writes; anything else in the folder stays."""
+        for name in _FILES:
+            (self.root / name).unlink(missing_ok=True)
+        if self.model.is_dir():
+            shutil.rmtree(self.model)
+        for pattern in ("*.png", "*.html"):
+            for path in self.report.glob(pattern):
+                path.unlink()
+        remove_checkpoints(self.checkpoints)
+
+
+def _read_environment(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("run_format") == _FORMAT else None
+
+
+def _step_of(line: str) -> int | None:
+    """Step of a line of metrics.jsonl; None for a line that a crash cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _json_ready(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+
+
+def _environment(command: str, seed: int, data_manifest_hash: str | None) -> dict[str, Any]:
+    return {
+        "run_format": _FORMAT,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "seed": seed,
+        "data_manifest_hash": data_manifest_hash,
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "versions": {"python": platform.python_version(), **_package_versions()},
+    }
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware() -> dict[str, Any]:
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda_devices": devices,
+        "num_processes": process_state().num_processes,
+    }
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of this source tree, with "+changes" where tracked files differ from it; None without git."""
+    source = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
