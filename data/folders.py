@@ -24,7 +24,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock = FileLock(folder.parent / f".{folder.name}.lock")
         lock.acquire()
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     try:
         _clean_up(folder)
         yield
@@ -44,13 +44,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     try:
         yield temporary
         _share(temporary)
         _swap(temporary, folder)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -82,7 +82,8 @@ def _share(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _cannot_write(folder: Path, error: OSError) -> InputError:
+def cannot_write(folder: Path, error: OSError) -> InputError:
+    """The error for a folder that could not be written, to be raised."""
     return InputError(
         f"cannot write {folder}: {error}. Free space there, make it writable, or choose another place "
         "(DatasetConfig.root); what was there before is untouched."

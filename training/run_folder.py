@@ -88,6 +88,10 @@ class RunFolder:
             with self.metrics_log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_json_ready(record), allow_nan=False) + "\n")
 
+    def environment(self) -> dict[str, Any]:
+        """What env.json says: versions, commit, hardware, seed, data manifest hash."""
+        return _read_environment(self.root / "env.json") or {}
+
     def drop_metrics_after(self, step: int) -> None:
         """Forget what was logged after a step: a resumed run logs it again."""
         if process_state().is_main_process and self.metrics_log.is_file():

@@ -1,0 +1,168 @@
+"""The feature store: one matrix [N, D] per dataset and way of encoding it, made once and memory-mapped ever after.
+
+`{root}/features/{dataset}/{key}/` holds `features.npy` and `manifest.json`, where the key is a hash of all that decides
+the values: the encoder and its settings, the text template and the item table. Other settings make another folder, so
+nothing stale can be read. Reading needs numpy alone.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.encoders import Encoder, EncoderInput, build_encoder
+from data.folders import cannot_write, exclusive, replaced_folder
+from data.processed import PreparedDataset
+from data.schemas import InputError
+from data.text import NO_TEXT
+
+FORMAT_VERSION = 1
+"""Of the feature folder; raised whenever its layout or the meaning of its content changes."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """How items become features. Settings of other encoders than the chosen one have no effect.
+
+    Attributes:
+        encoder: "sentence_transformers", "tfidf_svd" or "file".
+        model: of sentence_transformers: a Hub id or a local folder.
+        dim: of tfidf_svd: number of features.
+        template: of both text encoders: sentences over columns of the item table; None: the source's own.
+        path: of file: a .npy (with .keys.txt), .safetensors or .parquet file; see data/encoders/external.py.
+        batch_size: of sentence_transformers: texts at a time; does not decide the values.
+    """
+
+    encoder: str = "sentence_transformers"
+    model: str | None = None
+    dim: int | None = None
+    template: tuple[str, ...] | None = None
+    path: str | None = None
+    batch_size: int = 256
+
+
+@dataclass(frozen=True, eq=False)
+class ItemFeatures:
+    """Features of all items.
+
+    Attributes:
+        values: [N, D] float32, memory-mapped; row i belongs to item_id i.
+        description: what made them (encoder, its settings, template, item_table_hash, num_items, width), and
+            num_missing, the number of items without a text.
+    """
+
+    values: np.ndarray
+    description: dict[str, Any]
+
+
+def load_item_features(dataset: PreparedDataset, config: FeatureConfig) -> ItemFeatures:
+    """The features that a config describes, encoded on first use.
+
+    Raises:
+        InputError: if the encoder, its model or its file is missing or does not fit the items, the template names an
+            unknown column, a feature is NaN or infinite, or nothing can be written.
+    """
+    encoder = build_encoder(config)
+    template = (config.template or dataset.text_template) if encoder.reads_texts else None
+    request = _request(dataset, config, encoder, template)
+    folder = dataset.folder.parent.parent / "features" / dataset.name / _key(request)
+    features = _read(folder)
+    if features is None:
+        with exclusive(folder):
+            features = _read(folder) or _encode(dataset, encoder, template, request, folder)
+    return features
+
+
+def _request(
+    dataset: PreparedDataset, config: FeatureConfig, encoder: Encoder, template: tuple[str, ...] | None
+) -> dict[str, Any]:
+    """All that decides the values, as it comes back from JSON."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "encoder": config.encoder,
+        **encoder.settings(),
+        "template": None if template is None else list(template),
+        "item_table_hash": dataset.item_table_hash,
+    }
+
+
+def _key(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _read(folder: Path) -> ItemFeatures | None:
+    """The features of a folder, or None when they are missing or damaged."""
+    try:
+        description = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        values = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
+        shape = (description["num_items"], description["width"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _logger.warning("%s is damaged (%s); encoding again", folder, error)
+        return None
+    if values.shape != shape or values.dtype != np.float32:
+        _logger.warning(
+            "%s is damaged (features of shape %s, expected %s); encoding again", folder, values.shape, shape
+        )
+        return None
+    return ItemFeatures(values, description)
+
+
+def _encode(
+    dataset: PreparedDataset,
+    encoder: Encoder,
+    template: tuple[str, ...] | None,
+    request: dict[str, Any],
+    folder: Path,
+) -> ItemFeatures:
+    """Encodes and stores; what a killed run has left in the scratch folder is used."""
+    texts = [] if template is None else dataset.item_texts(template)
+    scratch = folder.with_name(f".{folder.name}.partial")
+    try:
+        values = encoder.encode(EncoderInput(dataset.catalogue.item_keys, texts), scratch)
+        try:
+            _check(values, dataset, request)
+        except InputError:
+            shutil.rmtree(scratch, ignore_errors=True)  # another try must not resume from bad rows
+            raise
+        description = {
+            **request,
+            "num_items": len(values),
+            "width": values.shape[1],
+            "num_missing": texts.count(NO_TEXT),
+        }
+        with replaced_folder(folder) as temporary:
+            np.save(temporary / "features.npy", values)
+            (temporary / "manifest.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    shutil.rmtree(scratch, ignore_errors=True)
+    features = _read(folder)
+    assert features is not None
+    return features
+
+
+def _check(values: np.ndarray, dataset: PreparedDataset, request: dict[str, Any]) -> None:
+    """Every item has a row of finite numbers."""
+    item_keys = dataset.catalogue.item_keys
+    if values.shape[0] != len(item_keys):
+        raise InputError(f"encoder {request['encoder']!r} gave {values.shape[0]} rows for {len(item_keys)} items.")
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        examples = ", ".join(repr(item_keys[row]) for row in bad[:3].tolist())
+        raise InputError(
+            f"the features of {len(bad)} items hold NaN, infinite or missing numbers ({_origin(request)}): "
+            f"{examples}{', ...' if len(bad) > 3 else ''}. Repair or re-compute these rows."
+        )
+
+
+def _origin(request: dict[str, Any]) -> str:
+    return request.get("file") or request.get("model") or request["encoder"]

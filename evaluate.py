@@ -1,0 +1,233 @@
+"""Evaluate a trained model beside baselines, item by item over the full catalogue.
+
+    python evaluate.py runs/demo                                  # test split, with popularity and ItemKNN
+    python evaluate.py runs/beauty --split valid --json valid.json
+    python evaluate.py runs/beauty --ranks ranks.safetensors      # per-user ranks, to compare models pairwise
+
+The prepared dataset that the model was trained on is looked for in --dataset-root and prepared again where it is
+missing. The JSON file holds `{ranker}/{split}/{slice}/{metric}` -> value, and under "about" how it came about.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batching import cold_items, evaluation_batches
+from data.processed import DatasetConfig, PreparedDataset, load_dataset
+from data.schemas import InputError, Ranges, Split
+from evaluation.baselines import ItemKNNRanker, PopularityRanker
+from evaluation.evaluator import evaluate_rankers
+from evaluation.ranker import Ranker
+from evaluation.table import format_metrics
+from evaluation.training_items import never_repeats
+from modules.artifact import load_model_artifact
+from training.cli import run_cli
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationProtocol:
+    """How rankers are evaluated on a dataset; training and evaluate.py share it, so that their numbers agree.
+
+    Attributes:
+        dataset: what is ranked.
+        split: which targets are held out.
+        cold: [N] bool, items that no training range contains.
+        max_history: items that rankers are given of a history, the last ones.
+        exclude_seen: take the items of the history out, for every ranker.
+    """
+
+    dataset: PreparedDataset
+    split: Split
+    cold: Tensor
+    max_history: int
+    exclude_seen: bool
+
+    @classmethod
+    def of(
+        cls, dataset: PreparedDataset, split_name: str, *, max_history: int, exclude_seen: bool | None = None
+    ) -> "EvaluationProtocol":
+        """The protocol of a stored split; with exclude_seen None, seen items are out where training repeats none."""
+        split = dataset.split(split_name)
+        if exclude_seen is None:
+            exclude_seen = never_repeats(dataset.histories, split.train)
+        cold = cold_items(dataset.histories, split, len(dataset.catalogue))
+        return cls(dataset, split, cold, max_history, exclude_seen)
+
+    def describe(self) -> str:
+        """One line for the head of a table."""
+        seen = "excluded" if self.exclude_seen else "allowed"
+        return f"{self.dataset.name}, {self.split.name}: {len(self.cold):,} items ranked, seen items {seen}"
+
+    def baselines(self) -> list[Ranker]:
+        """Popularity and ItemKNN, fitted on the training ranges."""
+        fitted = (self.dataset.histories, self.split.train, len(self.cold))
+        return [PopularityRanker.fit(*fitted), ItemKNNRanker.fit(*fitted)]
+
+    def evaluate(
+        self,
+        rankers: Sequence[Ranker],
+        role: str,
+        *,
+        batch_size: int = 256,
+        max_users: int | None = None,
+        seed: int = 0,
+        ranks_path: Path | None = None,
+        progress: bool = False,
+    ) -> dict[str, float]:
+        """Metrics of rankers side by side.
+
+        Args:
+            rankers: with distinct names.
+            role: "valid" or "test".
+            batch_size: histories ranked at once.
+            max_users: evaluate on that many users, drawn once by `seed`; None takes all.
+            seed: of that draw.
+            ranks_path: file for the per-user ranks; None saves none.
+            progress: show a bar per ranker on stderr.
+        """
+        ranges = _drawn(self.split.role(role), max_users, seed)
+        return evaluate_rankers(
+            rankers,
+            lambda: evaluation_batches(
+                self.dataset.histories, ranges, max_history=self.max_history, batch_size=batch_size
+            ),
+            cold=self.cold,
+            split=role,
+            exclude_seen=self.exclude_seen,
+            rows=ranges.rows,
+            ranks_path=ranks_path,
+            progress=progress,
+        )
+
+
+def _drawn(ranges: Ranges, max_users: int | None, seed: int) -> Ranges:
+    """At most max_users of the ranges, in their order."""
+    if max_users is None or max_users >= len(ranges):
+        return ranges
+    order = torch.randperm(len(ranges), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:max_users].sort().values
+    return Ranges(ranges.rows[chosen], ranges.begins[chosen], ranges.ends[chosen])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse_arguments(argv)
+    artifact = load_model_artifact(args.artifact, device=usable_device(args.device))
+    ranker = artifact.make_ranker(beam_width=args.beam_width, batch_size=args.batch_size)
+    config = dataset_config(artifact.manifest, root=args.dataset_root, raw_dir=args.raw_dir)
+    dataset = matching_dataset(config, artifact.manifest)
+    exclude_seen = artifact.manifest.get("exclude_seen") if args.exclude_seen is None else args.exclude_seen
+    protocol = EvaluationProtocol.of(dataset, config.split, max_history=ranker.max_history, exclude_seen=exclude_seen)
+    metrics = protocol.evaluate(
+        [ranker, *(protocol.baselines() if args.baselines else [])],
+        args.split,
+        batch_size=args.batch_size,
+        ranks_path=args.ranks,
+        progress=True,
+    )
+    print(f"{args.split}, {protocol.describe()}\n{format_metrics(metrics, split=args.split)}")
+    if args.json is not None:
+        about = {
+            "dataset": dataset.name,
+            "split": config.split,
+            "num_items": len(protocol.cold),
+            "exclude_seen": protocol.exclude_seen,
+            "max_history": protocol.max_history,
+            "beam_width": ranker.beam_width,
+        }
+        write_json(args.json, {"about": about, **metrics})
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as a namespace; exits with code 2 on bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="Evaluate a trained model beside baselines over the full catalogue."
+    )
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("artifact", metavar="RUN_OR_ARTIFACT", help="run folder, model artifact or Hub id")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="which users' targets (test)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here")
+    parser.add_argument("--ranks", type=Path, metavar="FILE", help="write every user's rank here, as safetensors")
+    parser.add_argument("--baselines", action=switch, default=True, help="popularity and ItemKNN as well (yes)")
+    parser.add_argument(
+        "--exclude-seen",
+        action=switch,
+        help="take the items of the history out, for every ranker (as in training)",
+    )
+    parser.add_argument("--dataset-root", metavar="DIR", help="folder of the prepared datasets (as in training)")
+    parser.add_argument("--raw-dir", metavar="DIR", help="local raw files, where the dataset is not prepared yet")
+    parser.add_argument("--batch-size", type=positive_int, default=256, metavar="B", help="histories at once (256)")
+    parser.add_argument("--beam-width", type=positive_int, metavar="W", help="beams per history (the artifact's own)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    return parser.parse_args(argv)
+
+
+def positive_int(text: str) -> int:
+    """An argument that must be a whole number above zero."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return value
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The named device, or a GPU if there is one; InputError where torch cannot use it."""
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {error}") from error
+
+
+def dataset_config(manifest: dict[str, Any], *, root: str | None, raw_dir: str | None) -> DatasetConfig:
+    """What a model's manifest says of its dataset, with the folders that the command line gives instead.
+
+    Raises:
+        InputError: if the manifest has no usable description of a dataset.
+    """
+    fields = manifest.get("dataset")
+    if not isinstance(fields, dict) or "dataset" not in fields:
+        raise InputError(
+            "the artifact's manifest.json does not say on which dataset the model was trained (key 'dataset'); "
+            "evaluate.py needs an artifact that train_decoder.py wrote."
+        )
+    config = DatasetConfig.from_dict(fields)
+    return replace(config, root=root or config.root, raw_dir=raw_dir or config.raw_dir)
+
+
+def matching_dataset(config: DatasetConfig, manifest: dict[str, Any]) -> PreparedDataset:
+    """The prepared dataset, which must be the one that the model was trained on.
+
+    Raises:
+        InputError: if it holds other items or histories: item ids would mean other items.
+    """
+    dataset = load_dataset(config)
+    expected = manifest.get("dataset_manifest_hash")
+    if dataset.manifest_hash != expected:
+        raise InputError(
+            f"{dataset.folder} is not the dataset that the model was trained on: expected manifest hash {expected}, "
+            f"got {dataset.manifest_hash}. Give the right folder with --dataset-root, or train again on this data."
+        )
+    return dataset
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that appears under its name only when it is whole."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}. Choose another --json.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""The one contract above the models: anything that ranks items for histories is a Ranker.
+
+Tie policy: a ranker returns a definite list, and its order counts. Where a ranker's scores tie, the lowest item id
+comes first, so two runs and two machines give one answer.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.schemas import NO_ITEM, InputError, SeqBatch
+
+
+@runtime_checkable
+class Ranker(Protocol):
+    """Ranks the whole catalogue for a batch of histories, the same way at every call."""
+
+    @property
+    def name(self) -> str:
+        """First part of the ranker's metric keys, for instance "generative"; an attribute will do."""
+        ...
+
+    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Best k items per row, best first.
+
+        Args:
+            histories: B rows, on any device; rows may be empty.
+            k: length of the lists.
+            allowed: bool [N] or [B, N], the items that may be listed; None allows all.
+
+        Returns:
+            [B, k] int64 item ids, distinct within a row, and [B, k] float32 scores, never rising within a row.
+            Lists shorter than k end in -1 (NO_ITEM) with score -inf.
+        """
+        ...
+
+
+def top_items(
+    scores: Tensor, k: int, allowed: Tensor | None = None, *, ranker: str = "top_items"
+) -> tuple[Tensor, Tensor]:
+    """The k best items per row; ties go to the lowest item id, unlike `torch.topk`, which leaves them open.
+
+    Args:
+        scores: [B, N] float; an item with score -inf is never listed.
+        k: length of the lists, may exceed N.
+        allowed: bool [N] or [B, N]; None allows all.
+        ranker: named in errors.
+
+    Returns:
+        [B, k] int64 item ids and [B, k] float32 scores, padded with -1 and -inf.
+
+    Raises:
+        InputError: if a score is NaN.
+    """
+    if bool(scores.isnan().any()):
+        raise nan_scores_error(ranker)
+    scores = scores.float()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    width = min(k, scores.shape[1])
+    item_ids = _top_columns(scores, width).sort(dim=1).values
+    values, order = scores.gather(1, item_ids).sort(dim=1, descending=True, stable=True)
+    item_ids = item_ids.gather(1, order).masked_fill(values == -torch.inf, NO_ITEM)
+    padding = (0, k - width)
+    return F.pad(item_ids, padding, value=NO_ITEM), F.pad(values, padding, value=-torch.inf)
+
+
+def _top_columns(scores: Tensor, k: int) -> Tensor:
+    """[B, k] columns of the k highest scores in any order, the lowest columns where the k-th score ties."""
+    values, columns = scores.topk(k, dim=1)
+    kth = values[:, -1:]
+    open_choice = ((scores >= kth).sum(dim=1) > k) & (kth[:, 0] > -torch.inf)
+    if bool(open_choice.any()):
+        scores, kth = scores[open_choice], kth[open_choice]
+        above, tied = scores > kth, scores == kth
+        places = k - above.sum(dim=1, keepdim=True)
+        chosen = above | (tied & (tied.cumsum(dim=1) <= places))
+        columns[open_choice] = chosen.nonzero()[:, 1].view(-1, k)
+    return columns
+
+
+def unseen_items(histories: SeqBatch, num_items: int) -> Tensor:
+    """[B, N] bool, false for the items that a row's history contains."""
+    rows = torch.repeat_interleave(histories.offsets.long().diff())
+    unseen = torch.ones(len(histories), num_items, dtype=torch.bool, device=histories.item_ids.device)
+    unseen[rows, histories.item_ids] = False
+    return unseen
+
+
+def check_ranking(ranker: str, item_ids: Tensor, scores: Tensor, *, num_rows: int, k: int, num_items: int) -> None:
+    """Hold what a ranker returned against the contract.
+
+    Args:
+        ranker: named in errors.
+        item_ids: what it returned.
+        scores: what it returned beside them.
+        num_rows: rows that it was given.
+        k: list length that it was asked for.
+        num_items: size of the catalogue.
+
+    Raises:
+        InputError: if a score is NaN: comparisons with NaN are false, so such a list says nothing.
+        ValueError: if a shape, a dtype, an id, the padding or the order breaks the contract.
+    """
+    expected = (num_rows, k)
+    for name, tensor, dtype in (("item_ids", item_ids, torch.int64), ("scores", scores, torch.float32)):
+        if tuple(tensor.shape) != expected or tensor.dtype != dtype:
+            raise ValueError(
+                f"ranker {ranker!r}: expected {name} of shape {list(expected)} and {dtype}, "
+                f"got {list(tensor.shape)} and {tensor.dtype}. Pad lists shorter than k with -1 and -inf."
+            )
+    if bool(scores.isnan().any()):
+        raise nan_scores_error(ranker)
+    _check_rows(ranker, (item_ids < NO_ITEM) | (item_ids >= num_items), item_ids, f"item ids in [-1, {num_items})")
+    padding = item_ids == NO_ITEM
+    _check_rows(ranker, padding != (scores == -torch.inf), item_ids, "score -inf exactly where the item id is -1")
+    _check_rows(ranker, padding[:, :-1] & ~padding[:, 1:], item_ids, "-1 only at the end of a list")
+    _check_rows(ranker, scores[:, :-1] < scores[:, 1:], scores, "scores that never rise within a row")
+    ordered = item_ids.sort(dim=1).values
+    repeated = (ordered[:, :-1] == ordered[:, 1:]) & (ordered[:, :-1] != NO_ITEM)
+    _check_rows(ranker, repeated, item_ids, "distinct items within a row")
+
+
+def nan_scores_error(ranker: str) -> InputError:
+    """The error for a ranker whose scores are not numbers."""
+    return InputError(
+        f"ranker {ranker!r} gave NaN scores, which have no order (every comparison with NaN is false). "
+        "Its weights are probably NaN: look for the step where the loss became NaN, and train again with a lower "
+        "learning rate or mixed_precision = 'no'."
+    )
+
+
+def _check_rows(ranker: str, wrong: Tensor, shown: Tensor, expected: str) -> None:
+    rows = wrong.any(dim=1).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"ranker {ranker!r}: expected {expected}; row {rows[0]} of the batch is {shown[rows[0]].tolist()}."
+        )

@@ -1,0 +1,99 @@
+"""Deterministic beam search over the prefix trie of a catalogue."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+import ops
+from data.schemas import NO_ITEM, InputError, TokenizedSeqBatch
+from modules.generation.trie import PrefixTrie
+
+
+class StepModel(Protocol):
+    """A model that writes a target's codes level by level."""
+
+    def start(self, batch: TokenizedSeqBatch) -> Any:
+        """Read the histories once."""
+
+    def step(self, state: Any, codes: Tensor | None, parents: Tensor | None) -> Tensor:
+        """Logits [B, W, K] of the next level, given the codes of the last one and the beams they continue."""
+
+
+@torch.no_grad()
+def beam_search(
+    model: StepModel,
+    batch: TokenizedSeqBatch,
+    trie: PrefixTrie,
+    beam_width: int,
+    node_allowed: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The items whose code tuples the model finds most likely.
+
+    A score is the model's log-likelihood of the item's tuple: the sum over levels of the log-softmax over all codes
+    of the level, also those that no item continues with. Only prefixes of real items are ever followed. Each step
+    keeps the exact best `beam_width` prefixes, so a beam as wide as the catalogue equals scoring every item. Equal
+    scores are broken by the lower code tuple; a tuple is one item.
+
+    Args:
+        model: in evaluation mode.
+        batch: B tokenized histories on the model's device.
+        trie: on the same device.
+        beam_width: prefixes kept per step; may exceed the number of items.
+        node_allowed: from `PrefixTrie.allowed_nodes`; other items are never returned.
+
+    Returns:
+        item_ids [B, beam_width] int64, best first, filled with -1; scores [B, beam_width] fp32, filled with -inf.
+        An item of probability zero is not listed.
+
+    Raises:
+        InputError: if a logit is NaN or infinite, or the model has fewer codes than the trie.
+    """
+    state = model.start(batch)
+    nodes = torch.zeros(len(batch), 1, dtype=torch.int64, device=trie.device)
+    scores = torch.zeros(len(batch), 1, device=trie.device)
+    codes = parents = None
+    broken = []
+    for level, (row_ptr, edge_codes) in enumerate(trie.levels):
+        logits = model.step(state, codes, parents)
+        _check_num_codes(logits, trie, level)
+        # The maximum is NaN, +inf or -inf exactly when no distribution can be made of the logits.
+        broken.append(~logits.amax(-1).isfinite().all(1))
+        allowed = None if node_allowed is None else node_allowed[level]
+        width = min(beam_width, len(edge_codes))
+        parents, codes, nodes, scores = ops.trie_topk_step(
+            logits, nodes, scores, row_ptr, edge_codes, beam_width=width, node_allowed=allowed
+        )
+    _raise_if_broken(torch.stack(broken))
+    return _ranked_items(trie, nodes, scores, beam_width)
+
+
+def _ranked_items(trie: PrefixTrie, leaves: Tensor, scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Leaves in ascending order become items in descending order of score, the lower tuple first among equals."""
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    leaves = leaves.gather(1, order)
+    item_ids = torch.where(scores == -torch.inf, NO_ITEM, trie.leaf_items[leaves.clamp(min=0)])
+    missing = width - item_ids.shape[1]
+    return pad(item_ids, (0, missing), value=NO_ITEM), pad(scores, (0, missing), value=-torch.inf)
+
+
+def _check_num_codes(logits: Tensor, trie: PrefixTrie, level: int) -> None:
+    if logits.shape[-1] < trie.min_codes[level]:
+        raise InputError(
+            f"beam_search expected at least {trie.min_codes[level]} codes of level {level} from the model, "
+            f"got {logits.shape[-1]}. Use the tokenizer that the model was trained with."
+        )
+
+
+def _raise_if_broken(broken: Tensor) -> None:
+    """Raise when a row of a level is flagged in `broken` [L, B]; one look at the device for the whole search."""
+    places = broken.nonzero()
+    if len(places) == 0:
+        return
+    level, row = places[0].tolist()
+    raise InputError(
+        f"the model returned NaN or infinite logits at level {level} for {int(broken[level].sum())} of "
+        f"{broken.shape[1]} histories (first: row {row}). Its weights are broken: use an earlier checkpoint, "
+        "or train again with a lower learning rate or without mixed precision."
+    )

@@ -1,0 +1,107 @@
+"""Attention layers over packed rows.
+
+Scores are scaled by head_dim ** -0.5. T5 leaves the factor out and folds it into the initial query weights instead; the
+two start out equal, but AdamW moves all weights at one pace, for which unscaled queries would be eight times too fast.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+import ops
+from modules.transformer.rows import Rows
+
+
+def scaled_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer without bias whose outputs have the inputs' variance at the start."""
+    linear = nn.Linear(in_features, out_features, bias=False)
+    nn.init.normal_(linear.weight, std=in_features**-0.5)
+    return linear
+
+
+class RelativeBias(nn.Module):
+    """T5's bias per bucket of relative positions and head, shared by all layers of a stack.
+
+    Args:
+        num_buckets: rows of the table.
+        max_distance: distance from which on all positions share a bucket.
+        num_heads: columns.
+        causal: look back only.
+    """
+
+    def __init__(self, num_buckets: int, max_distance: int, num_heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(num_buckets, num_heads))
+        self.max_distance = max_distance
+        self.causal = causal
+
+    def of_last(self, num_positions: int) -> Tensor:
+        """[H, num_positions] bias of the last position's query towards all positions."""
+        buckets = ops.relative_buckets(num_positions, num_positions, len(self.table), self.max_distance, self.causal)
+        return self.table[buckets[-1].to(self.table.device)].t()
+
+
+class SelfAttention(nn.Module):
+    """Self attention with one product for queries, keys and values."""
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.qkv = scaled_linear(d_model, 3 * num_heads * head_dim)
+        self.out = scaled_linear(num_heads * head_dim, d_model)
+        self.num_heads, self.dropout, self.scale = num_heads, dropout, head_dim**-0.5
+
+    def forward(self, x: Tensor, rows: Rows, bias: RelativeBias) -> Tensor:
+        """[T, D] normed rows -> [T, D]."""
+        attended = ops.jagged_self_attention(
+            rearrange(self.qkv(x), "t (three h d) -> t three h d", three=3, h=self.num_heads),
+            rows.offsets,
+            max_len=rows.max_len,
+            scale=self.scale,
+            bias_table=bias.table,
+            max_distance=bias.max_distance,
+            causal=bias.causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(rearrange(attended, "t h d -> t (h d)"))
+
+    def step(self, x: Tensor, keys: list[Tensor], values: list[Tensor], ancestors: Tensor, bias: Tensor) -> Tensor:
+        """[B, W, D] newest positions -> [B, W, D]; their keys and values are appended to the cache."""
+        q, k, v = rearrange(self.qkv(x), "b w (three h d) -> three b w h d", three=3, h=self.num_heads)
+        keys.append(k)
+        values.append(v)
+        attended = ops.beam_self_attention(q, keys, values, ancestors, scale=self.scale, bias=bias)
+        return self.out(rearrange(attended, "b w h d -> b w (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Attention over the encoder's keys and values, which the decoder projects for all its layers."""
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.query = scaled_linear(d_model, num_heads * head_dim)
+        self.out = scaled_linear(num_heads * head_dim, d_model)
+        self.num_heads, self.dropout, self.scale = num_heads, dropout, head_dim**-0.5
+
+    def _project(self, x: Tensor) -> Tensor:
+        return rearrange(self.query(x), "... (h d) -> ... h d", h=self.num_heads)
+
+    def forward(self, x: Tensor, rows: Rows, kv: Tensor, encoded_rows: Rows) -> Tensor:
+        """[Tq, D] normed rows, [Tk, 2, H, D] keys and values -> [Tq, D]."""
+        attended = ops.jagged_attention(
+            self._project(x),
+            kv,
+            rows.offsets,
+            encoded_rows.offsets,
+            max_q=rows.max_len,
+            max_k=encoded_rows.max_len,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(rearrange(attended, "t h d -> t (h d)"))
+
+    def step(self, x: Tensor, kv: Tensor, encoded_rows: Rows) -> Tensor:
+        """[B, W, D] newest positions of the beams, [Tk, 2, H, D] keys and values per row -> [B, W, D]."""
+        attended = ops.beam_cross_attention(
+            self._project(x), kv, encoded_rows.offsets, max_k=encoded_rows.max_len, scale=self.scale
+        )
+        return self.out(rearrange(attended, "b w h d -> b w (h d)"))

@@ -1,0 +1,155 @@
+"""The decoder stack: teacher-forced over whole targets, or step by step over beams."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from modules.transformer.attention import CrossAttention, RelativeBias, SelfAttention
+from modules.transformer.layers import AddNorm, FeedForward, FinalNorm
+from modules.transformer.rows import Rows
+
+
+@dataclass(eq=False)
+class DecoderState:
+    """What generation keeps between steps. Nothing in it is copied per beam or reordered.
+
+    Attributes:
+        cross_kv: [layers, T, 2, H, D] keys and values of the encoded rows.
+        encoded_rows: their B rows.
+        keys, values: per layer, one [B, W_s, H, D] per step s.
+        ancestors: [B, W, steps] int64 slots of each beam's ancestors, its own slot last.
+    """
+
+    cross_kv: Tensor
+    encoded_rows: Rows
+    keys: list[list[Tensor]]
+    values: list[list[Tensor]]
+    ancestors: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.encoded_rows)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken so far."""
+        return self.ancestors.shape[2]
+
+    def advance_(self, parents: Tensor) -> None:
+        """Extend the ancestry: beam w of the next step follows beam parents[:, w] ([B, W] int64) of the last one."""
+        inherited = self.ancestors.gather(1, parents[:, :, None].expand(-1, -1, self.num_steps))
+        own = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
+        self.ancestors = torch.cat([inherited, own[:, :, None]], dim=2)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal self attention, cross attention and feed-forward layer."""
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int, d_ff: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = AddNorm(d_model, dropout)
+        self.attention = SelfAttention(d_model, num_heads, head_dim, dropout)
+        self.cross_attention_norm = AddNorm(d_model, dropout)
+        self.cross_attention = CrossAttention(d_model, num_heads, head_dim, dropout)
+        self.feed_forward_norm = AddNorm(d_model, dropout)
+        self.feed_forward = FeedForward(d_model, d_ff, dropout)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rows: Rows, bias: RelativeBias, kv: Tensor, encoded_rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and returns (a sub-layer's output that is not yet added, residual stream), both [T, D]."""
+        x, residual = self.attention_norm(x, residual)
+        x, residual = self.cross_attention_norm(self.attention(x, rows, bias), residual)
+        x, residual = self.feed_forward_norm(self.cross_attention(x, rows, kv, encoded_rows), residual)
+        return self.feed_forward(x), residual
+
+    def step(
+        self, x: Tensor, residual: Tensor | None, state: DecoderState, layer: int, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, on [B * W, D] newest positions of the beams."""
+        unpack = partial(rearrange, pattern="(b w) d -> b w d", b=state.num_rows)
+        pack = partial(rearrange, pattern="b w d -> (b w) d")
+        x, residual = self.attention_norm(x, residual)
+        x = self.attention.step(unpack(x), state.keys[layer], state.values[layer], state.ancestors, bias)
+        x, residual = self.cross_attention_norm(pack(x), residual)
+        x = self.cross_attention.step(unpack(x), state.cross_kv[layer], state.encoded_rows)
+        x, residual = self.feed_forward_norm(pack(x), residual)
+        return self.feed_forward(x), residual
+
+
+class Decoder(nn.Module):
+    """Causal T5 decoder with cross attention.
+
+    Args:
+        num_layers: depth.
+        d_model, num_heads, head_dim, d_ff: sizes of a layer.
+        dropout: everywhere where T5 has it.
+        relative_buckets, relative_max_distance: of the position bias.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        d_ff: int,
+        dropout: float,
+        relative_buckets: int,
+        relative_max_distance: int,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.bias = RelativeBias(relative_buckets, relative_max_distance, num_heads, causal=True)
+        self.layers = nn.ModuleList(
+            DecoderLayer(d_model, num_heads, head_dim, d_ff, dropout) for _ in range(num_layers)
+        )
+        self.cross_kv = nn.Parameter(torch.randn(num_layers, 2 * num_heads * head_dim, d_model) * d_model**-0.5)
+        self.final_norm = FinalNorm(d_model, dropout)
+
+    def forward(self, x: Tensor, encoded: Tensor, encoded_rows: Rows) -> Tensor:
+        """Hidden states of all positions of targets of one length.
+
+        Args:
+            x: [B, L, D] embeddings.
+            encoded: [T, D] encoder output.
+            encoded_rows: its B rows.
+
+        Returns:
+            [B, L, D].
+        """
+        rows = Rows.of_one_length(*x.shape[:2], device=x.device)
+        y, residual = rearrange(x, "b l d -> (b l) d"), None
+        for layer, weight in zip(self.layers, self.cross_kv, strict=True):
+            # One product per layer: its gradient then needs no [layers, T, 2, H, D] buffer.
+            kv = rearrange(F.linear(encoded, weight), "t (two h d) -> t two h d", two=2, h=self.num_heads)
+            y, residual = layer(y, residual, rows, self.bias, kv, encoded_rows)
+        return rearrange(self.final_norm(y, residual), "(b l) d -> b l d", b=len(x))
+
+    def start(self, encoded: Tensor, encoded_rows: Rows) -> DecoderState:
+        """Cross keys and values of all layers in one product, and an empty cache."""
+        products = torch.matmul(encoded, rearrange(self.cross_kv, "layers kv d -> layers d kv"))
+        num_layers = len(self.layers)
+        return DecoderState(
+            cross_kv=rearrange(products, "layers t (two h d) -> layers t two h d", two=2, h=self.num_heads),
+            encoded_rows=encoded_rows,
+            keys=[[] for _ in range(num_layers)],
+            values=[[] for _ in range(num_layers)],
+            ancestors=torch.zeros(len(encoded_rows), 1, 0, dtype=torch.int64, device=encoded.device),
+        )
+
+    def step(self, state: DecoderState, x: Tensor) -> Tensor:
+        """[B, W, D] embeddings of the newest position of the beams, whose ancestry is in `state` -> [B, W, D]."""
+        bias = self.bias.of_last(state.num_steps)
+        y, residual = rearrange(x, "b w d -> (b w) d"), None
+        for index, layer in enumerate(cast("Iterable[DecoderLayer]", self.layers)):
+            y, residual = layer.step(y, residual, state, index, bias)
+        return rearrange(self.final_norm(y, residual), "(b w) d -> b w d", b=len(x))

@@ -1,0 +1,147 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.schemas import InputError, SeqBatch
+from evaluation.ranker import Ranker, check_ranking
+from modules.generation.ranker import GenerativeRanker, last_items
+from modules.tokenizer.sequence import SequenceTokenizer
+from tests.modules.generation_fakes import all_log_likelihoods, random_semantic_ids
+from tests.modules.tiny_artifact import FixedTokenizer, tiny_model
+
+
+def parts(level_sizes=(5, 6, 3), num_items=40, seed=0, **settings_):
+    tokenizer = FixedTokenizer(random_semantic_ids(num_items, list(level_sizes), seed), tuple(level_sizes))
+    model = tiny_model(level_sizes, seed=seed)
+    return model, tokenizer, GenerativeRanker(model, tokenizer, **settings_)
+
+
+def brute_force(model, tokenizer, histories):
+    tokens = SequenceTokenizer(tokenizer.semantic_ids, model.vocabulary)(histories)
+    return all_log_likelihoods(model.eval(), tokens, tokenizer.semantic_ids)
+
+
+HISTORIES = SeqBatch.from_lists([[0, 1, 2], [3], [4, 5, 6, 7, 7], [8, 8]])
+
+
+def test_is_a_ranker():
+    *_, ranker = parts()
+    assert isinstance(ranker, Ranker)
+    assert ranker.name == "generative"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    level_sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    num_items=st.integers(9, 60),
+    seed=st.integers(0, 2**20),
+)
+def test_a_wide_beam_equals_brute_force_on_real_models(level_sizes, num_items, seed):
+    level_sizes = [9, *level_sizes]
+    model, tokenizer, ranker = parts(level_sizes, num_items, seed, batch_size=3)
+    num_items = tokenizer.num_items
+    item_ids, scores = ranker.rank(HISTORIES, num_items)
+    check_ranking("generative", item_ids, scores, num_rows=4, k=num_items, num_items=num_items)
+    assert item_ids.sort().values.tolist() == [list(range(num_items))] * 4
+    torch.testing.assert_close(
+        scores, brute_force(model, tokenizer, HISTORIES).gather(1, item_ids), rtol=1e-4, atol=1e-4
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(beam_width=st.integers(1, 30), k=st.integers(1, 30), seed=st.integers(0, 2**20))
+def test_a_row_does_not_depend_on_its_batch(beam_width, k, seed):
+    *_, ranker = parts(seed=seed, beam_width=beam_width)
+    item_ids, scores = ranker.rank(HISTORIES, k)
+    check_ranking("generative", item_ids, scores, num_rows=4, k=k, num_items=40)
+    assert (item_ids >= 0).all()
+    rows = [[0, 1, 2], [3], [4, 5, 6, 7, 7], [8, 8]]
+    for row, history in enumerate(rows):
+        alone, alone_scores = ranker.rank(SeqBatch.from_lists([history]), k)
+        torch.testing.assert_close(alone_scores[0], scores[row], rtol=1e-4, atol=1e-4)
+        differing = (alone[0] != item_ids[row]).nonzero().flatten()
+        near_ties = (scores[row].diff().abs() < 1e-3).sum()
+        assert len(differing) == 0 or near_ties > 0
+    again = ranker.rank(HISTORIES, k)
+    assert torch.equal(again[0], item_ids)
+    assert torch.equal(again[1], scores)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_lists_are_filled_from_what_is_allowed(per_row, batch_size):
+    *_, ranker = parts(beam_width=2, batch_size=batch_size)
+    allowed = torch.zeros(4, 40, dtype=torch.bool)
+    allowed[:, [3, 30, 17]] = True
+    allowed[2, 5] = per_row
+    item_ids, scores = ranker.rank(HISTORIES, 4, allowed if per_row else allowed[0])
+    assert [sorted(row) for row in item_ids.tolist()] == [
+        [-1, 3, 17, 30],
+        [-1, 3, 17, 30],
+        [3, 5, 17, 30] if per_row else [-1, 3, 17, 30],
+        [-1, 3, 17, 30],
+    ]
+    check_ranking("generative", item_ids, scores, num_rows=4, k=4, num_items=40)
+
+
+def test_k_beyond_the_catalogue_is_padded():
+    *_, ranker = parts()
+    item_ids, scores = ranker.rank(HISTORIES, 50)
+    assert item_ids[:, 40:].eq(-1).all()
+    assert scores[:, 40:].isneginf().all()
+    assert (item_ids[:, :40] >= 0).all()
+
+
+def test_only_the_last_items_are_read():
+    *_, ranker = parts(max_history=2)
+    long, short = SeqBatch.from_lists([[9, 1, 2], [5, 3, 4, 5]]), SeqBatch.from_lists([[1, 2], [4, 5]])
+    for one, other in zip(ranker.rank(long, 10), ranker.rank(short, 10), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_last_items():
+    batch = SeqBatch.from_lists([[1, 2, 3, 4], [], [5], [6, 7, 8]])
+    cut = last_items(batch, 2)
+    assert (cut.item_ids.tolist(), cut.offsets.tolist(), cut.max_len) == ([3, 4, 5, 7, 8], [0, 2, 2, 3, 5], 2)
+    assert cut.offsets.dtype == torch.int32
+    assert last_items(batch, 4) is batch
+
+
+def test_no_histories():
+    *_, ranker = parts()
+    item_ids, scores = ranker.rank(SeqBatch.from_lists([]), 3)
+    assert item_ids.shape == scores.shape == (0, 3)
+
+
+def test_training_mode_is_restored_and_dropout_is_off():
+    model, _, ranker = parts()
+    model.train()
+    first, second = ranker.rank(HISTORIES, 10), ranker.rank(HISTORIES, 10)
+    assert model.training
+    assert torch.equal(first[1], second[1])
+
+
+def test_broken_weights_are_an_error():
+    model, _, ranker = parts()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(InputError, match="NaN or infinite logits at level 0 for 4 of 4 histories"):
+        ranker.rank(HISTORIES, 5)
+
+
+def test_another_tokenizer_is_refused():
+    model, tokenizer, _ = parts()
+    other = FixedTokenizer(random_semantic_ids(10, [5, 6, 4]), (5, 6, 4))
+    with pytest.raises(InputError, match=r"'text' codes of sizes \(5, 6, 3\).*got 'text' codes of sizes \(5, 6, 4\)"):
+        GenerativeRanker(model, other)
+    tokenizer.language = "image"
+    with pytest.raises(InputError, match="got 'image' codes"):
+        GenerativeRanker(model, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["beam_width", "max_history", "batch_size"])
+def test_settings_below_one_are_refused(name):
+    with pytest.raises(InputError, match=f"{name} of at least 1, got 0"):
+        parts(**{name: 0})

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+import ops
+from ops.reference.dropout import keep_mask
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+def test_share_and_scale(dropout_p: float) -> None:
+    torch.manual_seed(0)
+    out = ops.dropout(torch.ones(1000, 1001), dropout_p=dropout_p)
+    assert abs((out == 0).float().mean().item() - dropout_p) < 0.002
+    torch.testing.assert_close(out.max().item(), 1 / (1 - dropout_p))
+    assert out.unique().numel() == 2
+
+
+def test_neighbours_are_independent() -> None:
+    torch.manual_seed(0)
+    keep = keep_mask((1 << 20,), 0.5, torch.device("cpu")).float() - 0.5
+    for distance in (1, 2, 3, 4, 8):
+        assert abs((keep[distance:] * keep[:-distance]).mean().item()) < 0.002
+
+
+def test_zero_switches_it_off_and_the_generator_decides() -> None:
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    assert ops.dropout(x, dropout_p=0.0) is x
+    torch.manual_seed(1)
+    first = ops.dropout(x, dropout_p=0.5)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ops.dropout(x, dropout_p=0.5), first)
+
+
+def test_gradient_passes_where_kept() -> None:
+    x = torch.ones(50, requires_grad=True)
+    out = ops.dropout(x, dropout_p=0.5)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, out.detach())
+
+
+def test_probability_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"dropout_p in \[0, 1\), got -0.1"):
+        ops.dropout(torch.ones(3), dropout_p=-0.1)

@@ -1,0 +1,180 @@
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from ops.reference import jagged_attention as implementation
+from tests.ops.attention_twin import t5_bucket, twin_attention
+
+MANY_LENGTHS = [*range(40), 3, 3, 64]
+"""More distinct lengths than exact groups, so that rows are padded together."""
+
+
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
+
+
+LENGTHS = [[5, 0, 1, 63, 5], [0], [1], [0, 0], MANY_LENGTHS]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_self_attention_equals_the_row_by_row_twin(lengths: list[int], causal: bool) -> None:
+    offsets, num_tokens = offsets_of(lengths), sum(lengths)
+    qkv, table = random(num_tokens, 3, 2, 4), random(8, 2, seed=1)
+    arguments = {"scale": 0.5, "bias_table": table, "max_distance": 20, "causal": causal}
+    got = ops.jagged_self_attention(qkv, offsets, max_len=max(lengths), **arguments)
+    expected = twin_attention(qkv[:, 0], qkv[:, 1:], offsets, offsets, 0.5, table, 20, causal=causal)
+    torch.testing.assert_close(got, expected)
+    weights = random(*got.shape, seed=2)
+    got_gradients = torch.autograd.grad((got * weights).sum(), [qkv, table])
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), [qkv, table], allow_unused=True)
+    for tensor, got_gradient, expected_gradient in zip([qkv, table], got_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(
+            got_gradient, torch.zeros_like(tensor) if expected_gradient is None else expected_gradient
+        )
+
+
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"),
+    [
+        ([4, 4, 4], [0, 7, 63]),
+        ([3, 0, 2, 1], [2, 5, 0, 1]),
+        ([0, 0], [2, 3]),
+        ([2, 3], [0, 0]),
+        ([2] * 43, MANY_LENGTHS),
+    ],
+    ids=str,
+)
+def test_cross_attention_equals_the_row_by_row_twin(lengths_q: list[int], lengths_k: list[int]) -> None:
+    offsets_q, offsets_k = offsets_of(lengths_q), offsets_of(lengths_k)
+    q, kv = random(sum(lengths_q), 2, 4), random(sum(lengths_k), 2, 2, 4, seed=1)
+    got = ops.jagged_attention(q, kv, offsets_q, offsets_k, max_q=max(lengths_q), max_k=max(lengths_k), scale=0.5)
+    expected = twin_attention(q, kv, offsets_q, offsets_k, 0.5)
+    torch.testing.assert_close(got, expected)
+    weights = random(*got.shape, seed=2)
+    got_gradients = torch.autograd.grad((got * weights).sum(), [q, kv])
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), [q, kv], allow_unused=True)
+    for tensor, got_gradient, expected_gradient in zip([q, kv], got_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(
+            got_gradient, torch.zeros_like(tensor) if expected_gradient is None else expected_gradient
+        )
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 2], list(range(34))], ids=["exact groups", "padded groups"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(lengths: list[int], dropout_p: float) -> None:
+    lengths = lengths[-6:] if dropout_p else lengths[:12]
+    offsets = offsets_of(lengths)
+    qkv, table = random(sum(lengths), 3, 1, 2), random(4, 1, seed=1)
+
+    def attend(qkv: Tensor, table: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return ops.jagged_self_attention(
+            qkv, offsets, max_len=max(lengths), scale=0.7, bias_table=table, max_distance=9, dropout_p=dropout_p
+        )
+
+    assert torch.autograd.gradcheck(attend, (qkv, table), fast_mode=True)
+
+
+def test_the_gpu_path_of_one_padded_group_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [4, 0, 2]
+    offsets, qkv = offsets_of(lengths), random(6, 3, 2, 4)
+    expected = ops.jagged_self_attention(qkv, offsets, max_len=9, scale=0.5, causal=True)
+
+    def one_group(offsets_q: Tensor, offsets_k: Tensor, layout: implementation._Layout) -> list:
+        return [implementation._group(offsets_q, offsets_k, torch.arange(3), 9, 9, layout)]
+
+    monkeypatch.setattr(implementation, "_plan_of", one_group)
+    got = ops.jagged_self_attention(qkv, offsets, max_len=9, scale=0.5, causal=True)
+    torch.testing.assert_close(got, expected)
+    for got_gradient, expected_gradient in zip(
+        torch.autograd.grad(got.square().sum(), qkv), torch.autograd.grad(expected.square().sum(), qkv), strict=True
+    ):
+        torch.testing.assert_close(got_gradient, expected_gradient)
+
+
+def test_offsets_that_change_in_place_are_noticed() -> None:
+    offsets, qkv = offsets_of([4, 2]), random(6, 3, 2, 4)
+    first = ops.jagged_self_attention(qkv, offsets, max_len=5, scale=0.5)
+    offsets[1] = 1
+    second = ops.jagged_self_attention(qkv, offsets, max_len=5, scale=0.5)
+    assert (first - second).abs().max() > 1e-3
+    torch.testing.assert_close(second, twin_attention(qkv[:, 0], qkv[:, 1:], offsets, offsets, 0.5))
+
+
+def test_dropout_drops_probabilities_and_keeps_their_mean() -> None:
+    lengths = [64] * 8
+    offsets = offsets_of(lengths)
+    qkv = torch.zeros(512, 3, 2, 4)
+    qkv[:, 2] = 1.0
+    torch.manual_seed(0)
+    out = ops.jagged_self_attention(qkv, offsets, max_len=64, scale=1.0, dropout_p=0.25)
+    kept = out[:, :, 0] * 64 * 0.75
+    torch.testing.assert_close(kept, kept.round())
+    assert abs(kept.mean().item() / 48 - 1) < 0.02
+
+
+def test_bf16_is_close_to_fp32() -> None:
+    offsets = offsets_of([7, 3])
+    qkv = random(10, 3, 2, 8, dtype=torch.float32)
+    exact = ops.jagged_self_attention(qkv, offsets, max_len=7, scale=0.3)
+    rough = ops.jagged_self_attention(qkv.bfloat16(), offsets, max_len=7, scale=0.3)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, rtol=0.03, atol=0.03)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(ops.jagged_self_attention(qkv, offsets, max_len=7, scale=0.3), rough)
+
+
+def test_non_contiguous_inputs_and_stride_0_gradients() -> None:
+    offsets = offsets_of([3, 4])
+    wide = random(7, 3, 2, 8)
+    qkv = wide[..., ::2]
+    got = ops.jagged_self_attention(qkv, offsets, max_len=4, scale=0.5)
+    torch.testing.assert_close(
+        got, ops.jagged_self_attention(qkv.contiguous(), offsets, max_len=4, scale=0.5), rtol=0, atol=0
+    )
+    (gradient,) = torch.autograd.grad(got.sum(), wide)
+    expected = twin_attention(qkv[:, 0], qkv[:, 1:], offsets, offsets, 0.5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), wide)[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_buckets_equal_scalar_arithmetic(causal: bool) -> None:
+    got = ops.relative_buckets(150, 140, 32, 128, causal)
+    expected = [[t5_bucket(j - i, 32, 128, causal=causal) for j in range(140)] for i in range(150)]
+    assert (got == torch.tensor(expected)).float().mean() == 1.0
+
+
+def test_two_sided_buckets_by_hand() -> None:
+    # 8 buckets: 4 a side, distances 0 and 1 exact, then growing up to 16.
+    assert ops.relative_buckets(1, 20, 8, 16, False)[0].tolist() == [0, 5, *[6] * 4, *[7] * 14]
+
+
+def test_wrong_arguments_are_named() -> None:
+    offsets = offsets_of([2, 1])
+    qkv = torch.zeros(3, 3, 2, 4)
+    with pytest.raises(ValueError, match=r"expected qkv \[T, 3, H, D\], got \[3, 2, 2, 4\]"):
+        ops.jagged_self_attention(qkv[:, :2], offsets, max_len=2, scale=1.0)
+    with pytest.raises(ValueError, match="expected offsets rising from 0 to the 3 packed tokens, got first 0, last 2"):
+        ops.jagged_self_attention(qkv, offsets_of([2]), max_len=2, scale=1.0)
+    with pytest.raises(ValueError, match="smallest step -1"):
+        ops.jagged_self_attention(qkv, torch.tensor([0, 2, 1, 3], dtype=torch.int32), max_len=2, scale=1.0)
+    with pytest.raises(ValueError, match="contiguous int32"):
+        ops.jagged_self_attention(qkv, offsets.long(), max_len=2, scale=1.0)
+    with pytest.raises(ValueError, match=r"longest row \(2\), got 1"):
+        ops.jagged_self_attention(qkv, offsets, max_len=1, scale=1.0)
+    with pytest.raises(ValueError, match=r"bias_table \[num_buckets, 2\]"):
+        ops.jagged_self_attention(qkv, offsets, max_len=2, scale=1.0, bias_table=torch.zeros(8, 3))
+    with pytest.raises(ValueError, match=r"dropout_p in \[0, 1\), got 1.0"):
+        ops.jagged_self_attention(qkv, offsets, max_len=2, scale=1.0, dropout_p=1.0)
+    with pytest.raises(ValueError, match="of one dtype"):
+        ops.jagged_attention(
+            torch.zeros(3, 2, 4, dtype=torch.float16), qkv[:, 1:], offsets, offsets, max_q=2, max_k=2, scale=1.0
+        )
+    with pytest.raises(ValueError, match="as many rows of q as of kv, got 1 and 2"):
+        ops.jagged_attention(qkv[:, 0], qkv[:, 1:], offsets_of([3]), offsets, max_q=3, max_k=2, scale=1.0)

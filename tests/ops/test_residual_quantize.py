@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+import ops
+from ops.reference import residual_quantize as reference
+
+FIRST = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0], [4.0, 4.0]])
+SECOND = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+
+
+def brute_force(x, codebooks):
+    residual, codes = x.double(), []
+    for codebook in codebooks:
+        distance = (residual[:, None, :] - codebook.double()[None]).square().sum(dim=-1)
+        codes.append(distance.argmin(dim=1))
+        residual = residual - codebook.double()[codes[-1]]
+    return torch.stack(codes, dim=1), residual
+
+
+def test_two_levels_by_hand():
+    x = torch.tensor([[4.9, 0.2], [0.1, 4.75], [2.9, 3.1], [0.0, 0.0]])
+    codes, residual = ops.residual_quantize(x, [FIRST, SECOND])
+    assert codes.tolist() == [[1, 1], [2, 2], [3, 3], [0, 0]]
+    torch.testing.assert_close(residual, torch.tensor([[-0.1, 0.2], [0.1, -0.25], [-0.1, 0.1], [0.0, 0.0]]))
+
+
+def test_ties_go_to_the_lowest_index():
+    codebook = torch.tensor([[9.0, 9.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+    codes, _ = ops.residual_quantize(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), [codebook])
+    assert codes[:, 0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 63, 200])
+@pytest.mark.parametrize("sizes", [(1,), (7, 300, 2)])
+def test_equals_brute_force_in_double(rows, sizes):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(5, rows, generator=generator).T  # not contiguous
+    codebooks = [torch.randn(size, 5, generator=generator) for size in sizes]
+    codes, residual = ops.residual_quantize(x, codebooks)
+    expected_codes, expected_residual = brute_force(x, codebooks)
+    assert codes.dtype == torch.int64
+    assert torch.equal(codes, expected_codes.reshape(rows, len(sizes)))
+    torch.testing.assert_close(residual, expected_residual.float())
+
+
+def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    codebooks = [torch.randn(8, 4, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    whole = ops.residual_quantize(x, codebooks)
+    monkeypatch.setattr(reference, "_MAX_DISTANCES", 3 * 8)
+    blocked = ops.residual_quantize(x, codebooks)
+    assert torch.equal(whole[0], blocked[0])
+    torch.testing.assert_close(whole[1], blocked[1])
+
+
+def test_input_is_left_alone_and_has_no_gradient():
+    x = torch.tensor([[3.0, 1.0]], requires_grad=True)
+    before = x.detach().clone()
+    _, residual = ops.residual_quantize(x, [FIRST])
+    assert not residual.requires_grad
+    assert torch.equal(x.detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_are_compared_in_fp32(dtype):
+    # The squared distances, 9e-6 and 4e-6, are the same number in half precision's expansion around 1.
+    x = torch.tensor([[1.0]], dtype=dtype)
+    codebook = torch.tensor([[1.003], [1.002]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes, residual = ops.residual_quantize(x, [codebook])
+    assert codes.tolist() == [[1]]
+    assert residual.dtype == torch.float32
+
+
+def test_wrong_width_names_the_level():
+    with pytest.raises(ValueError, match=r"codebooks\[1\]"):
+        ops.residual_quantize(torch.zeros(2, 2), [FIRST, torch.zeros(4, 3)])

@@ -1,0 +1,162 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import evaluate
+from data.processed import DatasetConfig, RecDataset, TablesConfig, load_dataset
+from data.schemas import InputError
+from evaluation.metrics import METRICS
+from modules.artifact import save_model_artifact
+from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
+from tests.tiny_dataset import MODEL_SIZES, NUM_COLD_TEST, NUM_USERS, random_tokenizer, walks, write_interactions
+from training.cli import run_cli
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def save_artifact(folder: Path, config: DatasetConfig) -> None:
+    """A random model, which is enough to be evaluated."""
+    tokenizer = random_tokenizer(config)
+    model = EncoderDecoderRetrievalModel(
+        RetrievalModelConfig(languages={"text": tokenizer.level_sizes}, num_user_buckets=10, **MODEL_SIZES)
+    )
+    extra = {"dataset": config.to_dict(), "dataset_manifest_hash": load_dataset(config).manifest_hash}
+    save_model_artifact(folder, model, tokenizer, extra, ranker_settings={"beam_width": 30, "max_history": 3})
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_interactions(folder / "log.csv")
+    config = walks(folder / "dataset", folder / "log.csv")
+    save_artifact(folder / "model", config)
+    return folder
+
+
+def test_evaluates_the_model_beside_baselines(run_folder, tmp_path, capsys):
+    outputs = ["--json", str(tmp_path / "new" / "m.json"), "--ranks", str(tmp_path / "ranks.safetensors")]
+    assert evaluate.main([str(run_folder), "--batch-size", "16", *outputs]) == 0
+    table = capsys.readouterr().out
+    assert "generative" in table.splitlines()[1]
+    assert "item_knn" in table.splitlines()[1]
+    metrics = json.loads((tmp_path / "new" / "m.json").read_text())
+    for ranker in ("generative", "popularity", "item_knn"):
+        assert metrics[f"{ranker}/test/all/count"] == NUM_USERS
+        assert metrics[f"{ranker}/test/cold/count"] == NUM_COLD_TEST
+        assert metrics[f"{ranker}/test/warm/count"] == NUM_USERS - NUM_COLD_TEST
+        for metric in METRICS:
+            value = metrics[f"{ranker}/test/all/{metric}"]
+            assert metrics[f"{ranker}/test/all/{metric}_ci95_low"] <= value
+            assert value <= metrics[f"{ranker}/test/all/{metric}_ci95_high"]
+    assert metrics["item_knn/test/warm/recall@10"] > 0.8  # a walk's next item is bought with the last ones
+    assert metrics["about"]["exclude_seen"] is True
+    ranks = load_file(tmp_path / "ranks.safetensors")
+    assert sorted(ranks) == ["ranks/generative", "ranks/item_knn", "ranks/popularity", "rows", "targets"]
+    assert ranks["rows"].tolist() == list(range(NUM_USERS))
+    hits = (ranks["ranks/generative"] > 0).float().mean()
+    assert metrics["generative/test/all/recall@20"] == pytest.approx(float(hits))
+
+
+def test_valid_split_without_baselines(run_folder, tmp_path, capsys):
+    path = tmp_path / "metrics.json"
+    arguments = [
+        str(run_folder / "model"),
+        "--split",
+        "valid",
+        "--no-baselines",
+        "--no-exclude-seen",
+        "--json",
+        str(path),
+    ]
+    assert evaluate.main(arguments) == 0
+    metrics = json.loads(path.read_text())
+    assert {key.split("/")[0] for key in metrics} == {"generative", "about"}
+    assert {key.split("/")[1] for key in metrics if key != "about"} == {"valid"}
+    assert metrics["about"]["exclude_seen"] is False
+    assert "valid, walks" in capsys.readouterr().out
+
+
+def test_two_evaluations_agree(run_folder, tmp_path):
+    contents = []
+    for batch_size in ("7", "64"):
+        path = tmp_path / f"{batch_size}.json"
+        evaluate.main([str(run_folder), "--batch-size", batch_size, "--json", str(path)])
+        contents.append(json.loads(path.read_text()))
+    assert contents[0] == contents[1]
+
+
+def test_another_dataset_is_refused(run_folder, tmp_path):
+    """Same name, other interactions: item ids would mean other items."""
+    other = tmp_path / "other.csv"
+    write_interactions(other)
+    other.write_text(other.read_text() + "u3,i5,11\n")
+    config = walks(tmp_path / "dataset", other)
+    load_dataset(config)
+    manifest = {"dataset": config.to_dict(), "dataset_manifest_hash": "0" * 64}
+    with pytest.raises(InputError, match=r"not the dataset that the model was trained on.*--dataset-root"):
+        evaluate.matching_dataset(evaluate.dataset_config(manifest, root=None, raw_dir=None), manifest)
+
+
+def test_dataset_config_from_a_manifest():
+    fields = {
+        "dataset": "tables",
+        "split": "liger",
+        "tables": {"interactions": "a.csv", "items": "b.csv", "text_columns": ["brand"]},
+    }
+    config = evaluate.dataset_config({"dataset": fields}, root="elsewhere", raw_dir=None)
+    tables = TablesConfig(interactions="a.csv", items="b.csv", text_columns=("brand",))
+    assert config == DatasetConfig(dataset=RecDataset.TABLES, split="liger", root="elsewhere", tables=tables)
+
+
+@pytest.mark.parametrize("manifest", [{}, {"dataset": "beauty"}, {"dataset": {"category": "beauty"}}])
+def test_a_manifest_without_a_dataset_is_refused(manifest):
+    with pytest.raises(InputError, match="does not say on which dataset"):
+        evaluate.dataset_config(manifest, root=None, raw_dir=None)
+
+
+@pytest.mark.parametrize("fields", [{"dataset": "beuaty"}, {"dataset": "demo", "sead": 1}])
+def test_a_manifest_of_another_library_is_refused(fields):
+    with pytest.raises(InputError, match="describe no dataset of this library"):
+        evaluate.dataset_config({"dataset": fields}, root=None, raw_dir=None)
+
+
+def test_output_that_cannot_be_written(run_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*m\.json"):
+        evaluate.main([str(run_folder), "--no-baselines", "--json", str(tmp_path / "file" / "m.json")])
+
+
+def test_a_drawn_part_of_the_users_is_always_the_same(run_folder, tmp_path):
+    dataset = load_dataset(walks(run_folder / "dataset", run_folder / "log.csv"))
+    protocol = evaluate.EvaluationProtocol.of(dataset, "leave_one_out", max_history=3)
+    rows = []
+    for path in (tmp_path / "a", tmp_path / "b"):
+        metrics = protocol.evaluate(protocol.baselines(), "valid", max_users=7, seed=5, ranks_path=path)
+        assert metrics["popularity/valid/all/count"] == 7
+        rows.append(load_file(path)["rows"].tolist())
+    assert rows[0] == rows[1] == sorted(set(rows[0]))
+    assert rows[0] != list(range(7))
+
+
+def test_exit_codes_and_streams(run_folder, tmp_path, capsys):
+    assert run_cli(evaluate.main, [str(run_folder), "--no-baselines"]) == 0
+    assert capsys.readouterr().out.startswith("test, walks, leave_one_out: 30 items ranked, seen items excluded")
+    assert run_cli(evaluate.main, [str(run_folder), "--split", "train"]) == 2
+    assert run_cli(evaluate.main, [str(run_folder), "--batch-size", "0"]) == 2
+    assert run_cli(evaluate.main, [str(run_folder), "--device", "abacus"]) == 2
+    capsys.readouterr()
+    assert run_cli(evaluate.main, [str(tmp_path / "nothing")]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert len(streams.err.strip().splitlines()) == 1
+
+
+def test_runs_as_a_script():
+    command = [sys.executable, "evaluate.py", "--help"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "RUN_OR_ARTIFACT" in result.stdout

@@ -1,0 +1,222 @@
+"""Histories and a frozen tokenizer -> trained retrieval model artifact.
+
+    python train_decoder.py configs/demo/decoder.gin               # offline, a minute or two on a laptop CPU
+    python train_decoder.py configs/decoder_amazon.gin             # Amazon Beauty; trains its tokenizer first, once
+    accelerate launch train_decoder.py configs/decoder_amazon.gin  # several GPUs
+
+The artifact lies in SAVE_DIR_ROOT/model; evaluate.py and recommend.py take that path.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gin
+import torch
+from torch import Tensor, nn
+
+import train_rqvae
+from data.batching import ExampleStrategy, TrainingBatches
+from data.features import FeatureConfig, load_item_features
+from data.processed import DatasetConfig, PreparedDataset, load_dataset
+from data.schemas import InputError, SeqBatch
+from evaluate import EvaluationProtocol
+from evaluation.table import format_metrics
+from modules.artifact import save_model_artifact
+from modules.generation.ranker import GenerativeRanker
+from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
+from modules.tokenizer.legacy import is_legacy, load_legacy
+from modules.tokenizer.sequence import SequenceTokenizer
+from modules.tokenizer.tokenizer import SemanticIdTokenizer
+from reports.plots import plot_run
+from training.cli import main
+from training.gin_config import register
+from training.loop import LoopConfig, TrainingResult, run_training
+from training.processes import on_main, process_state
+from training.run_folder import RunFolder, RunOptions
+
+register(RetrievalModelConfig, ExampleStrategy)
+
+
+class RetrievalTask:
+    """What the training loop needs to know of the retrieval model.
+
+    Args:
+        model: the encoder-decoder.
+        batches: training batches of item ids.
+        tokenize: item ids to the model's tokens.
+        validate: metrics of the model as it is, on validation targets.
+    """
+
+    selection_metric = "generative/valid/all/ndcg@10"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        model: EncoderDecoderRetrievalModel,
+        batches: TrainingBatches,
+        *,
+        tokenize: SequenceTokenizer,
+        validate: Callable[[], dict[str, float]],
+    ) -> None:
+        self.model: nn.Module = model
+        self._batches = batches
+        self._tokenize = tokenize
+        self._validate = validate
+
+    def batch(self, step: int) -> SeqBatch:
+        """Histories and targets of a step."""
+        return self._batches.batch(step)
+
+    def loss(self, model: nn.Module, batch: SeqBatch, step: int) -> dict[str, Tensor]:
+        """Cross-entropy summed over levels, and each level's own."""
+        return model(self._tokenize.to(batch.item_ids.device)(batch))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Item-level metrics on validation targets."""
+        return self._validate()
+
+
+@gin.configurable(module="train_decoder")
+def train(
+    *,
+    options: RunOptions,
+    save_dir_root: str,
+    dataset: DatasetConfig,
+    model: RetrievalModelConfig,
+    loop: LoopConfig,
+    tokenizer: str | None = None,
+    features: FeatureConfig | None = None,
+    batch_size: int = 256,
+    max_history: int = 20,
+    strategy: ExampleStrategy = ExampleStrategy.EVERY_PREFIX,
+    beam_width: int = 20,
+    max_valid_users: int | None = None,
+    exclude_seen: bool | None = None,
+    seed: int = 0,
+    wandb_logging: bool = False,
+) -> Path:
+    """Train a retrieval model on the histories of a data set.
+
+    Args:
+        options: how the run was started.
+        save_dir_root: run folder.
+        dataset: where the histories come from.
+        model: sizes; its languages are those of the tokenizer.
+        loop: how to train.
+        tokenizer: artifact folder, Hub id, or an RQ-VAE of the older layout (which needs `features`); None trains one
+            with the RQ-VAE config that this config includes, or takes it from that run's folder.
+        features: item features, for an RQ-VAE of the older layout.
+        batch_size: examples per process and step.
+        max_history: items that the model reads of a history, the last ones.
+        strategy: how training ranges become examples.
+        beam_width: prefixes kept per step of generation.
+        max_valid_users: validate on that many users, drawn once; None takes all.
+        exclude_seen: evaluate every ranker without the items of the history; None does where no training history
+            repeats an item.
+        seed: of weights, batches and dropout.
+        wandb_logging: also log to W&B.
+
+    Returns:
+        Folder of the model artifact.
+
+    Raises:
+        InputError: for bad input, or a folder that holds another run.
+    """
+    prepared = load_dataset(dataset)
+    semantic_ids = load_tokenizer(tokenizer, prepared, features, options)
+    protocol = EvaluationProtocol.of(prepared, dataset.split, max_history=max_history, exclude_seen=exclude_seen)
+    run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
+
+    torch.manual_seed(seed)
+    languages = {semantic_ids.language: semantic_ids.level_sizes}
+    retrieval_model = EncoderDecoderRetrievalModel(replace(model, languages=languages))
+    ranker = GenerativeRanker(retrieval_model, semantic_ids, beam_width=beam_width, max_history=max_history)
+    process = process_state()
+    batches = TrainingBatches(
+        prepared.histories,
+        protocol.split.train,
+        strategy=strategy,
+        max_history=max_history,
+        batch_size=batch_size,
+        seed=seed,
+        process_index=process.process_index,
+        num_processes=process.num_processes,
+    )
+    tokenize = SequenceTokenizer(semantic_ids.semantic_ids, retrieval_model.vocabulary, language=semantic_ids.language)
+    task = RetrievalTask(
+        retrieval_model,
+        batches,
+        tokenize=tokenize,
+        validate=lambda: protocol.evaluate([ranker], "valid", max_users=max_valid_users, seed=seed),
+    )
+    result = run_training(task, loop, run, seed=seed, resume=options.resume, wandb_logging=wandb_logging)
+
+    origin = {
+        "dataset": dataset.to_dict(),
+        "dataset_manifest_hash": prepared.manifest_hash,
+        "environment": run.environment(),
+        "steps": result.steps,
+        "best_step": result.best_step,
+    }
+    settings = {"beam_width": beam_width, "max_history": max_history}
+    on_main(lambda: save_model_artifact(run.model, retrieval_model, semantic_ids, origin, ranker_settings=settings))
+    on_main(lambda: _report(run, protocol, ranker, result))
+    return run.model
+
+
+def load_tokenizer(
+    path: str | None, prepared: PreparedDataset, features: FeatureConfig | None, options: RunOptions
+) -> SemanticIdTokenizer:
+    """The tokenizer at a path or Hub id, or of the included RQ-VAE config, checked against the data set.
+
+    Raises:
+        InputError: if there is none, or its items are not those of the data set.
+    """
+    if path is None:
+        reuse = replace(options, resume="auto", overwrite=False)
+        tokenizer = SemanticIdTokenizer.from_pretrained(train_rqvae.train(options=reuse, reuse=True))
+    elif is_legacy(path):
+        tokenizer = _tokenizer_of_legacy(path, prepared, features)
+    else:
+        tokenizer = SemanticIdTokenizer.from_pretrained(path)
+    if tokenizer.catalogue.item_keys != prepared.catalogue.item_keys:
+        raise InputError(
+            f"the tokenizer {path or 'of the included RQ-VAE config'} knows {tokenizer.num_items:,} items that are not "
+            f"the {len(prepared.catalogue):,} of {prepared.folder}, in that order. Train a tokenizer on this data set."
+        )
+    return tokenizer
+
+
+def _tokenizer_of_legacy(path: str, prepared: PreparedDataset, features: FeatureConfig | None) -> SemanticIdTokenizer:
+    if features is None:
+        raise InputError(
+            f"{path} is an RQ-VAE of the older layout, which has weights but no semantic ids. Set "
+            "train_decoder.train.features to the item features that it was trained on."
+        )
+    item_features = load_item_features(prepared, features)
+    return SemanticIdTokenizer.fit(
+        load_legacy(path),
+        item_features.values,
+        prepared.catalogue,
+        feature_description=item_features.description,
+        dataset_manifest_hash=prepared.manifest_hash,
+    )
+
+
+def _report(run: RunFolder, protocol: EvaluationProtocol, ranker: GenerativeRanker, result: TrainingResult) -> None:
+    """Evaluate the best weights beside the baselines on both held-out roles; the only time that test is read."""
+    metrics: dict[str, float] = {}
+    for role in ("valid", "test"):
+        rankers = [ranker, *protocol.baselines()]
+        ranks_path = run.root / f"ranks_{role}.safetensors"
+        metrics |= protocol.evaluate(rankers, role, ranks_path=ranks_path, progress=True)
+        print(f"\n{role}, {protocol.describe()}\n{format_metrics(metrics, split=role)}")
+    run.write_metrics(metrics | {"best_step": result.best_step, "steps": result.steps, "seconds": result.seconds})
+    plot_run(run.metrics_log, run.report)
+    print(f"model, metrics and plots: {run.root}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(train, "train_decoder"))
