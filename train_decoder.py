@@ -156,6 +156,7 @@ def train(
     origin = {
         "dataset": dataset.to_dict(),
         "dataset_manifest_hash": prepared.manifest_hash,
+        "exclude_seen": protocol.exclude_seen,
         "environment": run.environment(),
         "steps": result.steps,
         "best_step": result.best_step,

@@ -53,7 +53,7 @@ class RqVaeTask:
         min_codebook_use: share of its codes that every level must use; below it the run stops.
     """
 
-    selection_metric = "valid/loss"
+    selection_metric = "valid/reconstruction"
     higher_is_better = False
 
     def __init__(

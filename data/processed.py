@@ -89,8 +89,8 @@ class DatasetConfig:
             raise InputError("DatasetConfig.tables belongs to RecDataset.TABLES: give both or neither.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; `from_dict` reads them back."""
-        return asdict(self) | {"dataset": self.dataset.value}
+        """The fields as JSON can hold them, without the folder of raw files; `from_dict` reads them back."""
+        return asdict(self) | {"dataset": self.dataset.value, "raw_dir": None}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DatasetConfig":
@@ -290,6 +290,7 @@ def _request(source: Source, config: DatasetConfig) -> dict[str, Any]:
         "source": source.name,
         "source_version": source.version,
         "settings": source.settings(),
+        "text_template": source.text_template,
         "min_interactions": 0 if source.already_filtered else config.min_interactions,
     }
     return json.loads(json.dumps(request))

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a fault in the program, 2 bad usage or input, 130 stopped 
 """
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -36,7 +37,13 @@ def main(train: Callable[..., object], script: str, argv: Sequence[str] | None =
 
 
 def run_cli(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Run a command and turn its errors into messages and exit codes; None from the command means 0."""
+    """Run a command and turn its errors into messages and exit codes; None from the command means 0.
+
+    What the library logs, such as the preparation of a data set, goes to stderr.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for room in ("data", "modules", "training"):
+        logging.getLogger(room).setLevel(logging.INFO)
     try:
         return command(argv) or 0
     except SystemExit as leaving:  # argparse has already printed its message
