@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.encoders import Encoder, EncoderInput, build_encoder
-from data.folders import cannot_write, exclusive, replaced_folder
+from data.files import cannot_write, exclusive, replaced_folder
 from data.processed import PreparedDataset
 from data.schemas import InputError
 from data.text import NO_TEXT

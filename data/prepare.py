@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data.folders import replaced_folder
+from data.files import replaced_folder
 from data.schemas import SPLIT_ROLES, Catalogue, Histories, InputError, Ranges, Split
 from data.sources.base import SourceTables
 
@@ -61,7 +61,7 @@ class PrepareSettings:
 def prepare(tables: SourceTables, settings: PrepareSettings, folder: Path) -> None:
     """Writes the prepared dataset, atomically: `folder` holds the whole of it or what it held before.
 
-    To be called inside `data.folders.exclusive(folder)`. Users with fewer than three interactions train with all of
+    To be called inside `data.files.exclusive(folder)`. Users with fewer than three interactions train with all of
     their items and are neither validated nor tested.
 
     Args:

@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data.folders import exclusive
+from data.files import exclusive, file_sha256
 from data.prepare import FORMAT_VERSION, PrepareSettings, prepare
 from data.schemas import SPLIT_ROLES, Catalogue, Histories, InputError, Ranges, Split, read_safetensors
 from data.sources.base import RawFile, Source
-from data.sources.download import ensure_raw_files, file_sha256, find_raw_folder
+from data.sources.download import ensure_raw_files, find_raw_folder
 from data.sources.tables import TablesConfig
 
 SPLIT_NAMES = ("leave_one_out", "liger")

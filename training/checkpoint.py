@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from data.files import disk_problem, file_sha256, sync_file, sync_folder, write_synced
 from data.schemas import InputError
-from training.files import disk_problem, sha256_of, sync_file, sync_folder, write_synced
 
 _FORMAT = 1
 _STATE = "state.pt"
@@ -189,7 +189,7 @@ class CheckpointStore:
         }
         if self.best_path.exists():
             _link(self.best_path, folder / BEST)
-            digests[BEST] = sha256_of(folder / BEST)
+            digests[BEST] = file_sha256(folder / BEST)
         manifest = {"format": _FORMAT, "step": step, "sha256": digests}
         write_synced(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
         sync_folder(folder)
@@ -230,7 +230,7 @@ def verify(checkpoint: Path) -> None:
         path = checkpoint / name
         if not path.is_file():
             raise DamagedCheckpointError(f"{name} is missing")
-        if sha256_of(path) != digest:
+        if file_sha256(path) != digest:
             raise DamagedCheckpointError(f"{name} was truncated or changed")
 
 

@@ -11,8 +11,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from data.files import disk_problem
 from data.schemas import InputError
-from training.files import disk_problem
 from training.gin_config import clear_config, load_config, plain_message
 from training.interrupt import EXIT_CODE
 from training.run_folder import RunOptions

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
+from data.files import disk_problem, replace_file
 from data.schemas import InputError
 from training.checkpoint import remove_checkpoints
-from training.files import disk_problem, replace_file
 from training.processes import on_main, process_state
 
 _FORMAT = 1

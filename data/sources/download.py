@@ -1,7 +1,6 @@
 """Raw files on this machine: found in a local folder, or downloaded with progress, checks and resume."""
 
 import gzip
-import hashlib
 import http.client
 import logging
 import shutil
@@ -13,7 +12,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.folders import exclusive
+from data.files import exclusive, file_sha256
 from data.schemas import InputError
 from data.sources.base import RawFile, Source
 
@@ -183,12 +182,6 @@ def _problem(part: Path, name: str, sha256: str | None, size: int | None) -> str
     if name.endswith(".zip") and not zipfile.is_zipfile(part):
         return "not a whole zip file"
     return None
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_is_data(path: Path) -> None:

@@ -1,15 +1,11 @@
 """Artifact folders: written whole or not at all, and verified when read."""
 
-import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from data.files import file_sha256, replaced_folder
 from data.schemas import InputError
 
 MANIFEST = "manifest.json"
@@ -31,22 +27,8 @@ def write_artifact(folder: Path, kind: str, write: Callable[[Path], None]) -> No
     folder = folder.expanduser().resolve()
     if not _is_replaceable(folder, kind):
         raise InputError(f"{folder} exists and is not a {kind}. Choose another folder, or remove this one yourself.")
-    temporary, previous = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{use}") for use in ("new", "old"))
-    try:
-        temporary.mkdir(parents=True)
+    with replaced_folder(folder) as temporary:
         write(temporary)
-        if folder.exists():
-            folder.rename(previous)
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
-        raise InputError(
-            f"{folder} could not be written ({error}). Check permissions and free space, or choose another folder."
-        ) from error
-    finally:
-        if previous.exists() and not folder.exists():
-            previous.rename(folder)
-        for leftover in (temporary, previous):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_replaceable(folder: Path, kind: str) -> bool:
@@ -86,11 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of files, by their name inside the folder."""
-    hashes = {}
-    for name in names:
-        with (folder / name).open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {name: file_sha256(folder / name) for name in names}
 
 
 def read_manifest(folder: Path, kind: str, format_version: int, names: Iterable[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 
-from data.folders import exclusive, replaced_folder
+from data.files import exclusive, replaced_folder
 from data.prepare import PrepareSettings, build_splits, k_core, prepare, user_hashes
 from data.processed import PreparedDataset
 from data.schemas import Histories, InputError
@@ -210,7 +210,7 @@ def test_prepared_files_are_readable_by_others(tmp_path):
 
 def test_a_path_below_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write .*DatasetConfig\.root.*what was there before is untouched"):
+    with pytest.raises(InputError, match=r"cannot write .*choose another place; what was there before is untouched"):
         prepared(tmp_path / "file", tables([("u", "a", 1)]))
 
 
@@ -265,7 +265,7 @@ def test_a_read_only_folder_is_reported(tmp_path):
         parent.chmod(parent.stat().st_mode | 0o755)
     done = run_limited(script, target)
     assert f"cannot write {target / 'toy'}: " in done.stdout, done.stderr
-    assert "Permission denied" in done.stdout
+    assert "permission denied" in done.stdout
     assert list(target.iterdir()) == []
 
 
