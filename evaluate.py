@@ -5,30 +5,28 @@
     python evaluate.py runs/beauty --ranks ranks.safetensors      # per-user ranks, to compare models pairwise
 
 The prepared dataset that the model was trained on is looked for in --dataset-root and prepared again where it is
-missing. The JSON file holds `{ranker}/{split}/{slice}/{metric}` -> value, and under "about" how it came about.
+missing; a prepared dataset of other content is refused, and stays as it is. The JSON file holds
+`{ranker}/{split}/{slice}/{metric}` -> value, and under "about" how it came about.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch is imported where it is used, so that --help is quick
+    import torch
+    from torch import Tensor
 
-from data.batching import cold_items, evaluation_batches
-from data.processed import DatasetConfig, PreparedDataset, load_dataset
-from data.schemas import InputError, Ranges, Split
-from evaluation.baselines import ItemKNNRanker, PopularityRanker
-from evaluation.evaluator import evaluate_rankers
-from evaluation.ranker import Ranker
-from evaluation.table import format_metrics
-from evaluation.training_items import never_repeats
-from modules.artifact import load_model_artifact
-from training.cli import run_cli
+    from data.processed import DatasetConfig, PreparedDataset
+    from data.schemas import Ranges, Split
+    from evaluation.ranker import Ranker
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +50,11 @@ class EvaluationProtocol:
     @classmethod
     def of(
         cls, dataset: PreparedDataset, split_name: str, *, max_history: int, exclude_seen: bool | None = None
-    ) -> "EvaluationProtocol":
+    ) -> EvaluationProtocol:
         """The protocol of a stored split; with exclude_seen None, seen items are out where training repeats none."""
+        from data.batching import cold_items
+        from evaluation.training_items import never_repeats
+
         split = dataset.split(split_name)
         if exclude_seen is None:
             exclude_seen = never_repeats(dataset.histories, split.train)
@@ -67,6 +68,8 @@ class EvaluationProtocol:
 
     def baselines(self) -> list[Ranker]:
         """Popularity and ItemKNN, fitted on the training ranges."""
+        from evaluation.baselines import ItemKNNRanker, PopularityRanker
+
         fitted = (self.dataset.histories, self.split.train, len(self.cold))
         return [PopularityRanker.fit(*fitted), ItemKNNRanker.fit(*fitted)]
 
@@ -91,7 +94,13 @@ class EvaluationProtocol:
             seed: of that draw.
             ranks_path: file for the per-user ranks; None saves none.
             progress: show a bar per ranker on stderr.
+
+        Raises:
+            InputError: if max_users is not positive, or as for `evaluation.evaluator.evaluate_rankers`.
         """
+        from data.batching import evaluation_batches
+        from evaluation.evaluator import evaluate_rankers
+
         ranges = _drawn(self.split.role(role), max_users, seed)
         return evaluate_rankers(
             rankers,
@@ -109,6 +118,12 @@ class EvaluationProtocol:
 
 def _drawn(ranges: Ranges, max_users: int | None, seed: int) -> Ranges:
     """At most max_users of the ranges, in their order."""
+    import torch
+
+    from data.schemas import InputError, Ranges
+
+    if max_users is not None and max_users < 1:
+        raise InputError(f"expected at least 1 user to evaluate on, or None for all, got max_users = {max_users}.")
     if max_users is None or max_users >= len(ranges):
         return ranges
     order = torch.randperm(len(ranges), generator=torch.Generator().manual_seed(seed))
@@ -118,7 +133,22 @@ def _drawn(ranges: Ranges, max_users: int | None, seed: int) -> Ranges:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    args = parse_arguments(argv)
+    try:
+        args = parse_arguments(argv)
+    except SystemExit as leaving:  # argparse has printed its help or message
+        return leaving.code if isinstance(leaving.code, int) else 2
+    from training.cli import run_cli
+
+    return run_cli(lambda _: evaluate(args), argv)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Load, rank, print and write; returns the exit code."""
+    from evaluation.table import format_metrics
+    from modules.artifact import load_model_artifact
+
+    for option, path in (("--json", args.json), ("--ranks", args.ranks)):
+        check_writable(path, option)
     artifact = load_model_artifact(args.artifact, device=usable_device(args.device))
     ranker = artifact.make_ranker(beam_width=args.beam_width, batch_size=args.batch_size)
     config = dataset_config(artifact.manifest, root=args.dataset_root, raw_dir=args.raw_dir)
@@ -180,10 +210,15 @@ def positive_int(text: str) -> int:
 
 def usable_device(name: str | None) -> torch.device:
     """The named device, or a GPU if there is one; InputError where torch cannot use it."""
+    import torch
+
+    from data.schemas import InputError
+
     try:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used: {error}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"--device {name} cannot be used: {reason}. Try --device cpu.") from error
 
 
 def dataset_config(manifest: dict[str, Any], *, root: str | None, raw_dir: str | None) -> DatasetConfig:
@@ -192,6 +227,9 @@ def dataset_config(manifest: dict[str, Any], *, root: str | None, raw_dir: str |
     Raises:
         InputError: if the manifest has no usable description of a dataset.
     """
+    from data.processed import DatasetConfig
+    from data.schemas import InputError
+
     fields = manifest.get("dataset")
     if not isinstance(fields, dict) or "dataset" not in fields:
         raise InputError(
@@ -205,29 +243,56 @@ def dataset_config(manifest: dict[str, Any], *, root: str | None, raw_dir: str |
 def matching_dataset(config: DatasetConfig, manifest: dict[str, Any]) -> PreparedDataset:
     """The prepared dataset, which must be the one that the model was trained on.
 
+    What is prepared already is used whatever its raw files look like by now: preparing them again could replace the
+    only copy of what the model knows.
+
     Raises:
         InputError: if it holds other items or histories: item ids would mean other items.
     """
-    dataset = load_dataset(config)
+    from data.processed import find_prepared, load_dataset
+    from data.schemas import InputError
+
+    dataset = find_prepared(config) or load_dataset(config)
     expected = manifest.get("dataset_manifest_hash")
     if dataset.manifest_hash != expected:
         raise InputError(
             f"{dataset.folder} is not the dataset that the model was trained on: expected manifest hash {expected}, "
-            f"got {dataset.manifest_hash}. Give the right folder with --dataset-root, or train again on this data."
+            f"got {dataset.manifest_hash}. Give the right folder with --dataset-root (a new folder to prepare it "
+            "again, with --raw-dir), or train again on this data."
         )
     return dataset
 
 
+def check_writable(path: Path | None, option: str) -> None:
+    """InputError when a file cannot be written there; said before the work whose result it shall hold."""
+    from data.schemas import InputError
+
+    if path is None:
+        return
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    problem = None
+    if path.is_dir():
+        problem = "it is a folder"
+    elif not place.is_dir():
+        problem = f"{place} is not a folder"
+    elif not os.access(place, os.W_OK):
+        problem = f"{place} is not writable"
+    if problem:
+        raise InputError(f"cannot write {path}: {problem}. Choose another {option}.")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that appears under its name only when it is whole."""
-    partial = path.with_name(path.name + ".part")
+    from data.files import disk_problem, replace_file
+    from data.schemas import InputError
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}. Choose another --json.") from error
+        reason = disk_problem(error) or error.strerror
+        raise InputError(f"cannot write {path}: {reason}. Choose another --json.") from error
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -4,8 +4,9 @@
     python recommend.py runs/beauty --input histories.jsonl --output recommended.jsonl --format json --top-k 20
 
 One line of the input is {"user": ..., "history": [item_key, ...]}, oldest item first; one line of the JSON output is
-{"user": ..., "items": [{"item_key": ..., "score": ..., "title": ...}, ...]}. Lines that cannot be used are reported
-with their number, the rest goes on, and the exit code is 2.
+{"user": ..., "items": [{"item_key": ..., "score": ..., "title": ...}, ...]}. The user, if any, is the data source's own
+key, which models with a user token read. Lines that cannot be used are reported with their number, the rest goes on,
+and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+from evaluate import check_writable, positive_int
 
 if TYPE_CHECKING:
     from modules.recommender import Recommendation, Recommender
@@ -35,6 +38,10 @@ class Request:
     user: Any
     history: list[str]
     line: int = 0
+
+    def user_key(self) -> str | None:
+        """The user as the prepared dataset names users: as text; None where there is none."""
+        return str(self.user) if isinstance(self.user, str | int) else None
 
 
 class Problem(NamedTuple):
@@ -59,6 +66,7 @@ def recommend(args: argparse.Namespace) -> int:
     """Read the histories, rank, and write; returns the exit code."""
     from modules.recommender import Recommender
 
+    check_writable(args.output, "--output")
     requests, problems = ([Request(None, args.history)], []) if args.input is None else read_requests(args.input)
     with plain_warnings():
         recommender = Recommender.from_pretrained(
@@ -91,14 +99,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive_int, default=256, metavar="B", help="histories at once (256)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     return parser.parse_args(argv)
-
-
-def positive_int(text: str) -> int:
-    """An argument that must be a whole number above zero."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return value
 
 
 def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
@@ -168,10 +168,13 @@ def recommend_all(
     with tqdm(total=len(requests), unit="users", disable=None if several else True) as bar:
         for begin in range(0, len(requests), args.batch_size):
             batch = requests[begin : begin + args.batch_size]
-            histories = [request.history for request in batch]
-            yield from zip(
-                batch, recommender.recommend(histories, args.top_k, exclude_seen=args.exclude_seen), strict=True
+            lists = recommender.recommend(
+                [request.history for request in batch],
+                args.top_k,
+                users=[request.user_key() for request in batch],
+                exclude_seen=args.exclude_seen,
             )
+            yield from zip(batch, lists, strict=True)
             bar.update(len(batch))
 
 
@@ -209,17 +212,22 @@ def destination(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
+    from data.files import disk_problem
     from data.schemas import InputError
 
     temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as stream:
             yield stream
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}. Choose another --output.") from error
+        raise InputError(
+            f"cannot write {path}: {disk_problem(error) or error.strerror}. Choose another --output."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

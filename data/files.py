@@ -98,7 +98,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends, and vanishes when the block fails.
 
-    Where several processes may write the same folder, to be used inside `exclusive(folder)`. Until the end, what `folder` held stays as it was.
+    Where several processes may write the same folder, to be used inside `exclusive(folder)`. Until the end, what
+    `folder` held stays as it was.
 
     Raises:
         InputError: if the temporary folder cannot be made, written or moved into place (OSError in the block).

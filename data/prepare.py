@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data.files import replaced_folder
-from data.schemas import SPLIT_ROLES, Catalogue, Histories, InputError, Ranges, Split
+from data.schemas import SPLIT_ROLES, Catalogue, Histories, InputError, Ranges, Split, user_hashes
 from data.sources.base import SourceTables
 
 if TYPE_CHECKING:
@@ -115,12 +115,6 @@ def build_splits(histories: Histories) -> dict[str, Split]:
         "leave_one_out": _leave_one_out("leave_one_out", lengths, np.zeros_like(lengths)),
         "liger": _leave_one_out("liger", lengths, np.maximum(lengths - LIGER_HISTORY, 0)),
     }
-
-
-def user_hashes(user_keys: list[str]) -> np.ndarray:
-    """[U] int64: the first 8 bytes of BLAKE2b of each key, the same on every machine and with every version."""
-    digests = b"".join(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest() for key in user_keys)
-    return np.frombuffer(digests, dtype="<i8").astype(np.int64)
 
 
 def _leave_one_out(name: str, lengths: np.ndarray, begins: np.ndarray) -> Split:

@@ -209,19 +209,37 @@ def load_dataset(config: DatasetConfig) -> PreparedDataset:
         InputError: if the dataset or category is unknown, raw files are missing or damaged, or nothing can be written.
     """
     source = build_source(config)
-    root = Path(config.root)
-    folder = root / "prepared" / source.name
-    cache_dir = root / "raw" / source.name
+    folder = _prepared_folder(config, source)
+    cache_dir = Path(config.root) / "raw" / source.name
     raw_dir = _raw_dir(config)
     request = _request(source, config)
-    if _difference(folder, request, source, raw_dir, cache_dir) is None:
-        return PreparedDataset(folder)
-    with exclusive(folder):
-        difference = _difference(folder, request, source, raw_dir, cache_dir)
-        if difference is not None:  # still so: no other process has prepared it meanwhile
-            _logger.info("preparing %s: %s", folder, difference)
-            _prepare(source, request, raw_dir, cache_dir, folder)
+    if _difference(folder, request, source, raw_dir, cache_dir) is not None:
+        with exclusive(folder):
+            difference = _difference(folder, request, source, raw_dir, cache_dir)
+            if difference is not None:  # still so: no other process has prepared it meanwhile
+                _logger.info("preparing %s: %s", folder, difference)
+                _prepare(source, request, raw_dir, cache_dir, folder)
+    if config.raw_dir is not None and source.raw_files() and find_raw_folder(source, raw_dir) is None:
+        _logger.warning(
+            "DatasetConfig.raw_dir: %s has no raw files of %s; using %s as it was prepared",
+            raw_dir,
+            source.name,
+            folder,
+        )
     return PreparedDataset(folder)
+
+
+def find_prepared(config: DatasetConfig) -> PreparedDataset | None:
+    """What lies where `load_dataset` would prepare, whatever it was made of; None when there is nothing to read.
+
+    Raises:
+        InputError: if the dataset or category is unknown.
+    """
+    folder = _prepared_folder(config, build_source(config))
+    try:
+        return PreparedDataset(folder)
+    except InputError:  # nothing there, or of another format
+        return None
 
 
 def build_source(config: DatasetConfig) -> Source:
@@ -274,6 +292,10 @@ _SOURCES: dict[RecDataset, Callable[[DatasetConfig], Source]] = {
     RecDataset.TABLES: _tables,
     RecDataset.DEMO: _demo,
 }
+
+
+def _prepared_folder(config: DatasetConfig, source: Source) -> Path:
+    return Path(config.root) / "prepared" / source.name
 
 
 def _raw_dir(config: DatasetConfig) -> Path | None:

@@ -1,7 +1,7 @@
 """The one contract above the models: anything that ranks items for histories is a Ranker.
 
 Tie policy: a ranker returns a definite list, and its order counts. Where a ranker's scores tie, the lowest item id
-comes first, so two runs and two machines give one answer.
+comes first, or from a generative ranker the lowest code tuple, so that two runs give one answer.
 """
 
 from typing import Protocol, runtime_checkable

@@ -16,12 +16,7 @@ def training_items(histories: Histories, ranges: Ranges) -> tuple[Tensor, Tensor
     Returns:
         [P] int64 history rows (rising) and [P] int64 item ids.
     """
-    starts = histories.offsets.long()[ranges.rows.long()]
-    steps = torch.zeros(len(histories.item_ids) + 1, dtype=torch.int32)
-    ones = torch.ones(len(ranges), dtype=torch.int32)
-    steps.index_add_(0, starts + ranges.begins, ones)
-    steps.index_add_(0, starts + ranges.ends + 1, -ones)
-    visible = steps.cumsum(0)[:-1] > 0
+    visible = ranges.visible(histories)
     rows = torch.repeat_interleave(histories.offsets.long().diff())
     return rows[visible], histories.item_ids[visible].long()
 

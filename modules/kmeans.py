@@ -7,7 +7,7 @@ from data.schemas import InputError
 from ops import codebook_stats, residual_quantize
 
 _JITTER = 1e-3
-"""Spread of the spare centroids around the rows they copy, relative to the spread of the data."""
+"""Distance of the spare centroids from the rows they copy, relative to the size of the data's values."""
 
 
 @torch.no_grad()
@@ -71,8 +71,8 @@ def _fill_around_rows(x: Tensor, centroids: Tensor, num_filled: int, generator: 
     num_spare = len(centroids) - num_filled
     rows = torch.randint(len(x), (num_spare,), generator=generator).to(x.device)
     noise = torch.randn(num_spare, x.shape[1], generator=generator).to(x.device)
-    spread = (x - x.mean(dim=0)).square().mean().sqrt()
-    centroids[num_filled:] = x[rows] + _JITTER * torch.where(spread > 0, spread, 1.0) * noise
+    size = x.abs().mean()
+    centroids[num_filled:] = x[rows] + _JITTER * torch.where(size > 0, size, 1.0) * noise
     return centroids
 
 

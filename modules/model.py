@@ -17,6 +17,7 @@ from modules.transformer.attention import scaled_linear
 from modules.transformer.decoder import Decoder, DecoderState
 from modules.transformer.encoder import Encoder
 from modules.transformer.rows import Rows
+from modules.transformer.sizes import StackSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,21 +106,10 @@ class EncoderDecoderRetrievalModel(nn.Module):
         self.config = config
         self.vocabulary = config.vocabulary()
         self.language = next(iter(config.languages))
-        sizes: dict[str, Any] = {
-            name: getattr(config, name)
-            for name in (
-                "d_model",
-                "num_heads",
-                "head_dim",
-                "d_ff",
-                "dropout",
-                "relative_buckets",
-                "relative_max_distance",
-            )
-        }
+        sizes = StackSizes(**{size.name: getattr(config, size.name) for size in fields(StackSizes)})
         self.embedding = TokenEmbedding(self.vocabulary, config.d_model)
-        self.encoder = Encoder(num_layers=config.num_encoder_layers, **sizes)
-        self.decoder = Decoder(num_layers=config.num_decoder_layers, **sizes)
+        self.encoder = Encoder(config.num_encoder_layers, sizes)
+        self.decoder = Decoder(config.num_decoder_layers, sizes)
         self.heads = nn.ModuleDict(
             {
                 language: nn.ModuleList(scaled_linear(config.d_model, size) for size in level_sizes)
@@ -181,7 +171,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         else:
             state.advance_(parents)
             x = self.embedding.codes(codes.reshape(-1, 1), self.language, first_level=level - 1)
-            x = x.view(*codes.shape, -1)
+            x = x.view(*codes.shape, self.config.d_model)
         return self._head(level)(self.decoder.step(state, x)).float()
 
     def _encode(self, batch: TokenizedSeqBatch, rows: Rows) -> Tensor:

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from data.schemas import NO_ITEM, Catalogue, InputError, SeqBatch
+from data.schemas import NO_ITEM, Catalogue, InputError, SeqBatch, user_hashes
 from modules.artifact import load_model_artifact
 
 
@@ -80,24 +80,34 @@ class Recommender:
         return self.catalogue.display_name(self._item_ids[item_key])
 
     def recommend(
-        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = False
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        users: Sequence[str | None] | None = None,
+        exclude_seen: bool = False,
     ) -> list[list[Recommendation]]:
         """Ranked items for every history.
 
         Args:
             histories: item keys per user, oldest first. Keys that the catalogue lacks are skipped with a warning.
             k: items per list; a list is shorter only where fewer items may be listed.
+            users: user key per history, for models that read a user token; None, in whole or in part, is the unknown
+                user, whose hash is 0.
             exclude_seen: leave out the items of the history itself.
 
         Returns:
             one list per history, best first.
 
         Raises:
-            InputError: if a history is empty or has no known item, or k is not within 1..catalogue size.
+            InputError: if a history is empty or has no known item, k is not within 1..catalogue size, or there are not
+                as many users as histories.
         """
         if not 1 <= k <= len(self.catalogue):
             raise InputError(f"expected k from 1 to {len(self.catalogue)}, the size of the catalogue, got {k}.")
         batch = SeqBatch.from_lists(self._known_item_ids(histories))
+        if users is not None:
+            batch = replace(batch, user_hashes=_hashes(users, num_rows=len(batch)))
         allowed = self._unseen(batch) if exclude_seen else None
         item_ids, scores = self.ranker.rank(batch, k, allowed)
         return [
@@ -135,6 +145,14 @@ class Recommender:
 
     def _recommendation(self, item_id: int, score: float) -> Recommendation:
         return Recommendation(self.catalogue.item_keys[item_id], score, self.catalogue.titles[item_id])
+
+
+def _hashes(users: Sequence[str | None], *, num_rows: int) -> Tensor:
+    """[B] int64, as the prepared dataset stores them; 0 for None."""
+    if isinstance(users, str) or len(users) != num_rows:
+        raise InputError(f"expected one user key or None per history, {num_rows} in all, got {users!r}.")
+    known = torch.tensor([user is not None for user in users], dtype=torch.bool)
+    return torch.from_numpy(user_hashes([user or "" for user in users])).where(known, 0)
 
 
 def _no_known_item(row: int, unknown: list[str]) -> str:

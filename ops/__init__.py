@@ -129,7 +129,7 @@ def add_rms_norm(
         dropout_p: 0 switches dropout off.
 
     Returns:
-        (normed, residual + dropout(x)), both [T, D] in the residual's dtype (x's without a residual); statistics fp32.
+        (normed, residual + dropout(x)), both [T, D] in the wider of the two inputs' dtypes; statistics fp32.
 
     Raises:
         ValueError: if the shapes disagree or dropout_p is outside [0, 1).
@@ -391,11 +391,12 @@ def residual_quantize(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, T
     """Nearest code of every level in turn, each level on what the levels before left over.
 
     Args:
-        x: [B, D]; distances are exact fp32.
+        x: [B, D]; distances are computed in fp32, as |code|^2 - 2 x . code.
         codebooks: one [K_l, D] per level.
 
     Returns:
-        codes [B, L] int64 (ties go to the lowest index) and the last residual [B, D].
+        codes [B, L] int64 (equal computed distances go to the lowest index; rounding may separate what is equal on
+        paper) and the last residual [B, D].
 
     Raises:
         ValueError: if a codebook's width is not x's.

@@ -1,19 +1,20 @@
+import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import evaluate
-from data.processed import DatasetConfig, RecDataset, TablesConfig, load_dataset
+from data.processed import DatasetConfig, RecDataset, TablesConfig, find_prepared, load_dataset
 from data.schemas import InputError
 from evaluation.metrics import METRICS
 from modules.artifact import save_model_artifact
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from tests.tiny_dataset import MODEL_SIZES, NUM_COLD_TEST, NUM_USERS, random_tokenizer, walks, write_interactions
-from training.cli import run_cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -124,10 +125,48 @@ def test_a_manifest_of_another_library_is_refused(fields):
         evaluate.dataset_config({"dataset": fields}, root=None, raw_dir=None)
 
 
-def test_output_that_cannot_be_written(run_folder, tmp_path):
+@pytest.mark.parametrize("option", ["--json", "--ranks"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(option, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write .*m\.json"):
-        evaluate.main([str(run_folder), "--no-baselines", "--json", str(tmp_path / "file" / "m.json")])
+    for place, problem in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "file" / "m", f"{tmp_path / 'file'} is not a folder"),
+    ):
+        assert evaluate.main(["no/artifact", option, str(place)]) == 2
+        assert capsys.readouterr().err == f"error: cannot write {place}: {problem}. Choose another {option}.\n"
+    evaluate.check_writable(tmp_path / "new" / "folder" / "m.json", option)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_fails_is_an_input_error_and_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.json"
+    path.write_text("older")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match=r"cannot write .*m\.json: the disk is full\. Choose another --json"):
+        evaluate.write_json(path, {})
+    assert path.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_prepared_dataset_is_used_although_its_raw_file_has_changed(tmp_path):
+    """And stays as it is: preparing again would replace the only copy of what the model was trained on."""
+    log = tmp_path / "log.csv"
+    write_interactions(log)
+    config = walks(tmp_path / "dataset", log)
+    trained_on = load_dataset(config).manifest_hash
+    manifest = {"dataset": config.to_dict(), "dataset_manifest_hash": trained_on}
+    log.write_text(log.read_text() + "u3,i5,11\n")
+    assert evaluate.matching_dataset(config, manifest).manifest_hash == trained_on
+    with pytest.raises(InputError, match="not the dataset that the model was trained on"):
+        evaluate.matching_dataset(config, manifest | {"dataset_manifest_hash": "0" * 64})
+    assert find_prepared(config).manifest_hash == trained_on
+    elsewhere = replace(config, root=str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match="not the dataset that the model was trained on"):
+        evaluate.matching_dataset(elsewhere, manifest)
 
 
 def test_a_drawn_part_of_the_users_is_always_the_same(run_folder, tmp_path):
@@ -140,19 +179,29 @@ def test_a_drawn_part_of_the_users_is_always_the_same(run_folder, tmp_path):
         rows.append(load_file(path)["rows"].tolist())
     assert rows[0] == rows[1] == sorted(set(rows[0]))
     assert rows[0] != list(range(7))
+    for nobody in (0, -3):
+        with pytest.raises(InputError, match=f"at least 1 user .* got max_users = {nobody}"):
+            protocol.evaluate(protocol.baselines(), "valid", max_users=nobody)
 
 
 def test_exit_codes_and_streams(run_folder, tmp_path, capsys):
-    assert run_cli(evaluate.main, [str(run_folder), "--no-baselines"]) == 0
+    assert evaluate.main([str(run_folder), "--no-baselines"]) == 0
     assert capsys.readouterr().out.startswith("test, walks, leave_one_out: 30 items ranked, seen items excluded")
-    assert run_cli(evaluate.main, [str(run_folder), "--split", "train"]) == 2
-    assert run_cli(evaluate.main, [str(run_folder), "--batch-size", "0"]) == 2
-    assert run_cli(evaluate.main, [str(run_folder), "--device", "abacus"]) == 2
+    assert evaluate.main([str(run_folder), "--split", "train"]) == 2
+    assert evaluate.main([str(run_folder), "--batch-size", "0"]) == 2
+    assert evaluate.main([str(run_folder), "--device", "abacus"]) == 2
     capsys.readouterr()
-    assert run_cli(evaluate.main, [str(tmp_path / "nothing")]) == 2
+    assert evaluate.main([str(tmp_path / "nothing")]) == 2
     streams = capsys.readouterr()
     assert streams.out == ""
     assert len(streams.err.strip().splitlines()) == 1
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, evaluate; code = evaluate.main(['--help']); assert 'torch' not in sys.modules; sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "RUN_OR_ARTIFACT" in done.stdout
 
 
 def test_runs_as_a_script():

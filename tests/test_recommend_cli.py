@@ -1,9 +1,11 @@
+import errno
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import recommend
@@ -136,7 +138,8 @@ def test_a_crash_leaves_the_older_output(run_folder, lines, tmp_path, monkeypatc
         (["--history", "x", "y"], "no item that the catalogue knows; got 2 unknown keys: x, y"),
         (["--history", "item-1", "--top-k", "13"], "from 1 to 12, the size of the catalogue, got 13"),
         (["--input", "absent.jsonl"], "cannot read absent.jsonl"),
-        (["--history", "item-1", "--output", "absent/out"], "cannot write absent/out"),
+        (["--history", "item-1", "--output", "recommend.py/out"], "cannot write recommend.py/out: "),
+        (["--history", "item-1", "--output", "tests"], "cannot write tests: it is a folder. Choose another --output"),
         (["--history", "item-1", "--device", "tpu9"], "'tpu9'"),
     ],
 )
@@ -145,6 +148,46 @@ def test_bad_input_is_one_line_and_exit_code_2(run_folder, capsys, arguments, me
     reported = capsys.readouterr().err.splitlines()
     assert len(reported) == 1
     assert message in reported[0]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    output = str(tmp_path / "file" / "out")
+    assert recommend.main(["no/artifact", "--input", "absent.jsonl", "--output", output]) == 2
+    assert f"cannot write {output}: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+
+
+def test_a_new_folder_for_the_output_is_made(run_folder, tmp_path):
+    output = tmp_path / "new" / "out.txt"
+    assert recommend.main([run_folder, "--history", "item-1", "--output", str(output)]) == 0
+    assert output.read_text().startswith("History")
+
+
+def test_a_disk_that_fails_is_one_line(run_folder, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(recommend, "write_table", full)
+    assert recommend.main([run_folder, "--history", "item-1", "--output", str(tmp_path / "out")]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: cannot write {tmp_path / 'out'}: the disk is full. Choose another --output.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_user_of_a_line_reaches_the_model(run_folder, lines, capsys):
+    """A number means the same as its text, and the model has seven user tokens."""
+
+    def scores(*users):
+        path = lines(*(json.dumps({"user": user, "history": ["item-1", "item-2"]}) + "\n" for user in users))
+        assert recommend.main([run_folder, "--input", path, "--format", "json"]) == 0
+        return [[item["score"] for item in json.loads(line)["items"]] for line in capsys.readouterr().out.splitlines()]
+
+    by_number, by_text, without = scores(7, "7", None)
+    assert by_number == pytest.approx(by_text)
+    assert by_number != pytest.approx(without)
+    assert len({tuple(np.round(row, 4)) for row in scores(*(f"u{user}" for user in range(40)))}) == 7
 
 
 def test_no_artifact(tmp_path, capsys):

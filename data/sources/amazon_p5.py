@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from data.schemas import InputError
 from data.sources.amazon_metadata import TEXT_TEMPLATE, read_amazon_items
 from data.sources.base import RawFile, Source, SourceTables
-from data.sources.records import opened, read_json_object
+from data.sources.records import check_ends_with_newline, opened, read_json_object
 
 if TYPE_CHECKING:
     import polars as pl
@@ -81,6 +81,7 @@ def _read_datamaps(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 def _read_sequences(path: Path, user_keys: dict[str, str], item_keys: dict[str, str]) -> pl.DataFrame:
     import polars as pl
 
+    check_ends_with_newline(path)
     with opened(path) as stream:
         lines = stream.read().decode("utf-8", errors="replace").splitlines()
     parts = pl.Series("line", lines, dtype=pl.String).str.extract_all(r"\S+")

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.prepare import user_hashes
-from data.schemas import NO_ITEM, Catalogue, InputError, SeqBatch
+from data.schemas import NO_ITEM, Catalogue, InputError, SeqBatch, user_hashes
 from data.sources.base import RawFile, Source, SourceTables
 from data.sources.demo_world import MAX_PURCHASES, DemoWorld
 

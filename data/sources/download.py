@@ -24,14 +24,12 @@ _LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 _logger = logging.getLogger(__name__)
 
 
-def find_raw_folder(source: Source, raw_dir: Path | None, cache_dir: Path) -> Path | None:
+def find_raw_folder(source: Source, *bases: Path | None) -> Path | None:
     """The first local folder that holds all required raw files; None when there is none.
 
-    Looked in are `raw_dir`, then `cache_dir`, and in each the source's own sub-folders first.
+    Looked in are the bases in turn, such as raw_dir and cache_dir, and in each the source's own sub-folders first.
     """
-    required = [file for file in source.raw_files() if not file.optional]
-    folders = (base / sub for base in _bases(raw_dir, cache_dir) for sub in (*source.local_folders, "."))
-    return next((folder for folder in folders if all(file.find(folder) for file in required)), None)
+    return next((folder for folder in _folders(source, *bases) if not _lacking(source, folder)), None)
 
 
 def ensure_raw_files(source: Source, raw_dir: Path | None, cache_dir: Path) -> Path:
@@ -74,6 +72,16 @@ def fetch(url: str, target: Path, *, sha256: str | None = None, size: int | None
         part.unlink()
         raise InputError(f"{url}: {problem}. What came was deleted; try again.")
     part.replace(target)
+
+
+def _folders(source: Source, *bases: Path | None) -> list[Path]:
+    """Where raw files may lie."""
+    return [base / sub for base in bases if base is not None for sub in (*source.local_folders, ".")]
+
+
+def _lacking(source: Source, folder: Path) -> list[RawFile]:
+    """Required raw files that a folder does not hold."""
+    return [file for file in source.raw_files() if not file.optional and not file.find(folder)]
 
 
 def _bases(raw_dir: Path | None, cache_dir: Path) -> list[Path]:
@@ -197,11 +205,15 @@ def _check_is_data(path: Path) -> None:
 
 
 def _manual_error(source: Source, files: list[RawFile], raw_dir: Path | None, cache_dir: Path, why: str) -> InputError:
-    names = ", ".join(file.name for file in files)
+    fullest = min(_folders(source, *_bases(raw_dir, cache_dir)), key=lambda folder: len(_lacking(source, folder)))
+    present = [file for file in files if file.find(fullest)]
+    names = ", ".join(file.name for file in files if file not in present)
     folders = ", ".join(str(base) for base in _bases(raw_dir, cache_dir))
     origin = source.origin or ", ".join(sorted({file.url for file in files if file.url}))
     come_from = f" They come from {origin}." if origin else ""
+    place = f"Put them into {cache_dir} or set DatasetConfig.raw_dir to the folder that holds them."
+    if present:
+        place = f"All must lie in one folder: put them into {fullest}, or all of them into {cache_dir}."
     return InputError(
-        f"{source.name}: raw files are missing: {names} (looked in {folders}); {why.rstrip('. ')}.{come_from} "
-        f"Put them into {cache_dir} or set DatasetConfig.raw_dir to the folder that holds them."
+        f"{source.name}: raw files are missing: {names} (looked in {folders}); {why.rstrip('. ')}.{come_from} {place}"
     )

@@ -74,6 +74,7 @@ def _read_ratings_csv(path: Path) -> pl.DataFrame:
 def _read_movies_csv(path: Path) -> pl.DataFrame:
     import polars as pl
 
+    check_ends_with_newline(path)
     types = {"movieId": pl.String, "title": pl.String, "genres": pl.String}
     try:
         movies = pl.read_csv(path, schema_overrides=types, columns=list(types))
@@ -98,6 +99,7 @@ def _read_ratings_dat(path: Path) -> pl.DataFrame:
 def _read_movies_dat(path: Path) -> pl.DataFrame:
     import polars as pl
 
+    check_ends_with_newline(path)
     with opened(path) as stream:
         lines = stream.read().decode("iso-8859-1").splitlines()
     parts = pl.DataFrame({"line": lines}).select(pl.col("line").str.split_exact("::", 2)).unnest("line")

@@ -92,7 +92,7 @@ class SemanticIdTokenizer:
             )
         check_codes(semantic_ids, level_sizes)
         self.rqvae = rqvae.eval().requires_grad_(False)
-        self.semantic_ids = semantic_ids
+        self.semantic_ids = semantic_ids.long()
         self.level_sizes = level_sizes
         self.catalogue = catalogue
         self.language = language
@@ -171,7 +171,8 @@ class SemanticIdTokenizer:
             features: [M, input_dim]; read in blocks, so it may be a memory map.
 
         Returns:
-            [M, L - 1] int64 on the CPU, without dedup code; the same for an item whatever rows surround it.
+            [M, L - 1] int64 on the CPU, without dedup code; the same for an item whatever rows surround it, and under
+            autocast.
 
         Raises:
             InputError: if features are not finite or of another width.
@@ -221,7 +222,7 @@ class SemanticIdTokenizer:
         try:
             rqvae = RqVae(RqVaeConfig.from_dict(settings["rqvae"]))
             rqvae.load_state_dict(read_safetensors(folder / names["quantizer"]))
-            semantic_ids = read_safetensors(folder / names["semantic_ids"])["semantic_ids"].long()
+            semantic_ids = read_safetensors(folder / names["semantic_ids"])["semantic_ids"]
             tokenizer = cls(
                 rqvae,
                 semantic_ids,
@@ -292,7 +293,8 @@ def _encode(rqvae: RqVae, features: FeatureMatrix) -> Tensor:
         block = _to_tensor(features[begin : begin + _ROWS])
         _check_finite(block, begin)
         full = F.pad(block, (0, 0, 0, _ROWS - len(block))).to(device)
-        codes[begin : begin + len(block)] = rqvae.semantic_ids(full)[: len(block)].cpu()
+        with torch.autocast(device.type, enabled=False):
+            codes[begin : begin + len(block)] = rqvae.semantic_ids(full)[: len(block)].cpu()
     return codes
 
 

@@ -1,5 +1,6 @@
 """The one numbering of everything that the retrieval model reads: BOS, separator, codes of every language, users."""
 
+import torch
 from torch import Tensor
 
 from data.schemas import InputError
@@ -12,7 +13,7 @@ class CodeVocabulary:
 
     Args:
         languages: codebook sizes of each language's levels, the dedup level included.
-        num_user_buckets: users are hashed into this many tokens; 0 for none.
+        num_user_buckets: user tokens, 0 for none; the first one is that of unknown users, the others are shared by hash.
         separator: whether a token ends every item.
 
     Raises:
@@ -66,11 +67,13 @@ class CodeVocabulary:
         return self._offsets[language]
 
     def user_tokens(self, user_hashes: Tensor) -> Tensor:
-        """[B] int64 hashes -> [B] int64 tokens; the same hash always gets the same token.
+        """[B] int64 hashes -> [B] int64 tokens; the same hash always gets the same token, hash 0 that of unknown users.
 
         Raises:
             InputError: if the vocabulary has no user buckets.
         """
         if self.num_user_buckets == 0:
             raise InputError("the vocabulary has no user tokens. Set num_user_buckets above 0.")
-        return user_hashes.remainder(self.num_user_buckets) + self._first_user_token
+        known = 1 + user_hashes.remainder(max(self.num_user_buckets - 1, 1))
+        buckets = torch.where(user_hashes == 0, 0, known).clamp(max=self.num_user_buckets - 1)
+        return buckets + self._first_user_token

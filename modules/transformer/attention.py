@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ops
 from modules.transformer.rows import Rows
+from modules.transformer.sizes import StackSizes
 
 
 def scaled_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -23,16 +24,14 @@ class RelativeBias(nn.Module):
     """T5's bias per bucket of relative positions and head, shared by all layers of a stack.
 
     Args:
-        num_buckets: rows of the table.
-        max_distance: distance from which on all positions share a bucket.
-        num_heads: columns.
+        sizes: numbers of buckets and heads, and the distance from which on all positions share a bucket.
         causal: look back only.
     """
 
-    def __init__(self, num_buckets: int, max_distance: int, num_heads: int, *, causal: bool) -> None:
+    def __init__(self, sizes: StackSizes, *, causal: bool) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(num_buckets, num_heads))
-        self.max_distance = max_distance
+        self.table = nn.Parameter(torch.zeros(sizes.relative_buckets, sizes.num_heads))
+        self.max_distance = sizes.relative_max_distance
         self.causal = causal
 
     def of_last(self, num_positions: int) -> Tensor:
@@ -44,11 +43,11 @@ class RelativeBias(nn.Module):
 class SelfAttention(nn.Module):
     """Self attention with one product for queries, keys and values."""
 
-    def __init__(self, d_model: int, num_heads: int, head_dim: int, dropout: float) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
-        self.qkv = scaled_linear(d_model, 3 * num_heads * head_dim)
-        self.out = scaled_linear(num_heads * head_dim, d_model)
-        self.num_heads, self.dropout, self.scale = num_heads, dropout, head_dim**-0.5
+        self.qkv = scaled_linear(sizes.d_model, 3 * sizes.num_heads * sizes.head_dim)
+        self.out = scaled_linear(sizes.num_heads * sizes.head_dim, sizes.d_model)
+        self.num_heads, self.dropout, self.scale = sizes.num_heads, sizes.dropout, sizes.head_dim**-0.5
 
     def forward(self, x: Tensor, rows: Rows, bias: RelativeBias) -> Tensor:
         """[T, D] normed rows -> [T, D]."""
@@ -76,11 +75,11 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention over the encoder's keys and values, which the decoder projects for all its layers."""
 
-    def __init__(self, d_model: int, num_heads: int, head_dim: int, dropout: float) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
-        self.query = scaled_linear(d_model, num_heads * head_dim)
-        self.out = scaled_linear(num_heads * head_dim, d_model)
-        self.num_heads, self.dropout, self.scale = num_heads, dropout, head_dim**-0.5
+        self.query = scaled_linear(sizes.d_model, sizes.num_heads * sizes.head_dim)
+        self.out = scaled_linear(sizes.num_heads * sizes.head_dim, sizes.d_model)
+        self.num_heads, self.dropout, self.scale = sizes.num_heads, sizes.dropout, sizes.head_dim**-0.5
 
     def _project(self, x: Tensor) -> Tensor:
         return rearrange(self.query(x), "... (h d) -> ... h d", h=self.num_heads)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modules.transformer.attention import CrossAttention, RelativeBias, SelfAttention
 from modules.transformer.layers import AddNorm, FeedForward, FinalNorm
 from modules.transformer.rows import Rows
+from modules.transformer.sizes import StackSizes
 
 
 @dataclass(eq=False)
@@ -52,14 +53,14 @@ class DecoderState:
 class DecoderLayer(nn.Module):
     """Pre-norm causal self attention, cross attention and feed-forward layer."""
 
-    def __init__(self, d_model: int, num_heads: int, head_dim: int, d_ff: int, dropout: float) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
-        self.attention_norm = AddNorm(d_model, dropout)
-        self.attention = SelfAttention(d_model, num_heads, head_dim, dropout)
-        self.cross_attention_norm = AddNorm(d_model, dropout)
-        self.cross_attention = CrossAttention(d_model, num_heads, head_dim, dropout)
-        self.feed_forward_norm = AddNorm(d_model, dropout)
-        self.feed_forward = FeedForward(d_model, d_ff, dropout)
+        self.attention_norm = AddNorm(sizes.d_model, sizes.dropout)
+        self.attention = SelfAttention(sizes)
+        self.cross_attention_norm = AddNorm(sizes.d_model, sizes.dropout)
+        self.cross_attention = CrossAttention(sizes)
+        self.feed_forward_norm = AddNorm(sizes.d_model, sizes.dropout)
+        self.feed_forward = FeedForward(sizes.d_model, sizes.d_ff, sizes.dropout)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, rows: Rows, bias: RelativeBias, kv: Tensor, encoded_rows: Rows
@@ -74,7 +75,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, residual: Tensor | None, state: DecoderState, layer: int, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, on [B * W, D] newest positions of the beams."""
-        unpack = partial(rearrange, pattern="(b w) d -> b w d", b=state.num_rows)
+        num_rows, num_beams, _ = state.ancestors.shape
+        unpack = partial(rearrange, pattern="(b w) d -> b w d", b=num_rows, w=num_beams)
         pack = partial(rearrange, pattern="b w d -> (b w) d")
         x, residual = self.attention_norm(x, residual)
         x = self.attention.step(unpack(x), state.keys[layer], state.values[layer], state.ancestors, bias)
@@ -89,31 +91,17 @@ class Decoder(nn.Module):
 
     Args:
         num_layers: depth.
-        d_model, num_heads, head_dim, d_ff: sizes of a layer.
-        dropout: everywhere where T5 has it.
-        relative_buckets, relative_max_distance: of the position bias.
+        sizes: of every layer.
     """
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        d_model: int,
-        num_heads: int,
-        head_dim: int,
-        d_ff: int,
-        dropout: float,
-        relative_buckets: int,
-        relative_max_distance: int,
-    ) -> None:
+    def __init__(self, num_layers: int, sizes: StackSizes) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.bias = RelativeBias(relative_buckets, relative_max_distance, num_heads, causal=True)
-        self.layers = nn.ModuleList(
-            DecoderLayer(d_model, num_heads, head_dim, d_ff, dropout) for _ in range(num_layers)
-        )
-        self.cross_kv = nn.Parameter(torch.randn(num_layers, 2 * num_heads * head_dim, d_model) * d_model**-0.5)
-        self.final_norm = FinalNorm(d_model, dropout)
+        self.num_heads = sizes.num_heads
+        self.bias = RelativeBias(sizes, causal=True)
+        self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(num_layers))
+        kv_width = 2 * sizes.num_heads * sizes.head_dim
+        self.cross_kv = nn.Parameter(torch.randn(num_layers, kv_width, sizes.d_model) * sizes.d_model**-0.5)
+        self.final_norm = FinalNorm(sizes.d_model, sizes.dropout)
 
     def forward(self, x: Tensor, encoded: Tensor, encoded_rows: Rows) -> Tensor:
         """Hidden states of all positions of targets of one length.
@@ -132,7 +120,7 @@ class Decoder(nn.Module):
             # One product per layer: its gradient then needs no [layers, T, 2, H, D] buffer.
             kv = rearrange(F.linear(encoded, weight), "t (two h d) -> t two h d", two=2, h=self.num_heads)
             y, residual = layer(y, residual, rows, self.bias, kv, encoded_rows)
-        return rearrange(self.final_norm(y, residual), "(b l) d -> b l d", b=len(x))
+        return self.final_norm(y, residual).view(x.shape)
 
     def start(self, encoded: Tensor, encoded_rows: Rows) -> DecoderState:
         """Cross keys and values of all layers in one product, and an empty cache."""
@@ -152,4 +140,4 @@ class Decoder(nn.Module):
         y, residual = rearrange(x, "b w d -> (b w) d"), None
         for index, layer in enumerate(cast("Iterable[DecoderLayer]", self.layers)):
             y, residual = layer.step(y, residual, state, index, bias)
-        return rearrange(self.final_norm(y, residual), "(b w) d -> b w d", b=len(x))
+        return self.final_norm(y, residual).view(x.shape)

@@ -7,7 +7,7 @@ _LEVELS = 1 << 16
 
 
 def keep_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, device: torch.device) -> Tensor:
-    """Int16 mask, 0 with probability `dropout_p` (exact to 1/65536), else 1.
+    """Int16 mask, 0 with probability `dropout_p` (exact to 1/65536, and never 0 or 1), else 1.
 
     Random 16-bit numbers are clamped to two neighbouring values in place, which is far cheaper than a comparison; an
     integer mask multiplies floats at full speed, unlike a bool one.
@@ -15,7 +15,7 @@ def keep_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, device: tor
     num_elements = torch.Size(shape).numel()
     words = torch.empty((num_elements + 3) // 4, dtype=torch.int64, device=device).random_(-(1 << 63), None)
     lanes = words.view(torch.int16)[:num_elements].view(shape)
-    threshold = round(dropout_p * _LEVELS) - _LEVELS // 2
+    threshold = min(max(round(dropout_p * _LEVELS), 1), _LEVELS - 1) - _LEVELS // 2
     return lanes.clamp_(threshold - 1, threshold).sub_(threshold - 1)
 
 

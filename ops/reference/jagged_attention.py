@@ -4,8 +4,6 @@ Heads are gathered straight from the fused products into blocks [b * H, n, D] an
 way. A block's scores are small enough to stay in cache. Where what lies is worked out once per batch in a plan.
 """
 
-import weakref
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +20,9 @@ _MAX_EXACT_GROUPS = 32
 
 _PADDING_TOLERANCE = 0.8
 """Otherwise a group takes rows down to this share of its longest row's length."""
+
+_MAX_PLANS = 4
+"""Remembered: a training step needs three (encoder, decoder, cross attention)."""
 
 
 @dataclass(frozen=True)
@@ -163,21 +164,30 @@ def _plan(offsets_q: Tensor, offsets_k: Tensor, layout: _Layout) -> list[_Group]
 
 
 class _PlanMemo:
-    """The latest plans, so that the layers of a stack share one; offsets are recognised by identity and version."""
+    """The latest plans, so that the layers of a stack share one."""
 
     def __init__(self) -> None:
-        self._entries: deque[tuple[weakref.ref, weakref.ref, tuple, list[_Group]]] = deque(maxlen=4)
+        self._entries: tuple[tuple[Any, list[_Group], tuple[Tensor, Tensor]], ...] = ()
 
     def __call__(self, offsets_q: Tensor, offsets_k: Tensor, layout: _Layout) -> list[_Group]:
-        if offsets_q.is_inference() or offsets_k.is_inference():  # their changes are not counted
-            return _plan(offsets_q, offsets_k, layout)
-        key = (offsets_q._version, offsets_k._version, layout)
-        for known_q, known_k, known_key, plan in self._entries:
-            if known_q() is offsets_q and known_k() is offsets_k and known_key == key:
+        key = (_identity(offsets_q), _identity(offsets_k), layout)
+        entries = self._entries  # replaced, never changed: another thread may be reading them
+        for known_key, plan, _ in entries:
+            if known_key == key:
                 return plan
         plan = _plan(offsets_q, offsets_k, layout)
-        self._entries.append((weakref.ref(offsets_q), weakref.ref(offsets_k), key, plan))
+        self._entries = ((key, plan, (offsets_q, offsets_k)), *entries[: _MAX_PLANS - 1])
         return plan
+
+
+def _identity(offsets: Tensor) -> Any:
+    """Equal for equal offsets: their values on the CPU; on a GPU, where reading them would block, tensor and version.
+
+    The memo keeps the tensor alive, so that no other gets its id.
+    """
+    if offsets.device.type == "cpu":
+        return offsets.numpy().tobytes()
+    return id(offsets), object() if offsets.is_inference() else offsets._version
 
 
 _plan_of = _PlanMemo()

@@ -20,7 +20,8 @@ def residual_quantize(x: Tensor, codebooks: Sequence[Tensor]) -> tuple[Tensor, T
         codebooks: one [K_l, D] per level.
 
     Returns:
-        codes [B, L] int64, the lowest index on ties, and the residual [B, D] left after the last level.
+        codes [B, L] int64, the lowest index among equal computed distances, and the residual [B, D] left after the
+        last level.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):

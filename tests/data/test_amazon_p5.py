@@ -122,6 +122,14 @@ def test_truncated_sequences(tmp_path):
         AmazonP5("beauty").read(folder)
 
 
+def test_sequences_cut_within_the_last_line(tmp_path):
+    folder = write_p5(tmp_path / "beauty")
+    path = folder / "sequential_data.txt"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(InputError, match=r"sequential_data\.txt is truncated: its last line has no end"):
+        AmazonP5("beauty").read(folder)
+
+
 def test_unknown_item_number_names_the_line(tmp_path):
     folder = write_p5(tmp_path / "beauty", sequences="1 1 2 3\n2 3 99 2\n")
     with pytest.raises(InputError, match=r"line 2: item number '99' is not in datamaps\.json \(1 such interactions\)"):

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from data.batching import cold_items, evaluation_batches
-from data.prepare import user_hashes
 from data.processed import DatasetConfig, PreparedDataset, RecDataset, load_dataset
-from data.schemas import Catalogue, InputError, SeqBatch
+from data.schemas import Catalogue, InputError, SeqBatch, user_hashes
 from data.sources.base import SourceTables
 from data.sources.demo import DemoSource, OracleRanker
 from data.sources.demo_world import MAX_PURCHASES, MIN_PURCHASES, DemoWorld

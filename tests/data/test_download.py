@@ -230,6 +230,17 @@ def test_files_that_only_a_person_can_fetch(tmp_path):
     assert not (tmp_path / "raw").exists()
 
 
+def test_only_what_is_missing_is_named(tmp_path):
+    folder = tmp_path / "local" / "toys"
+    folder.mkdir(parents=True)
+    (folder / "meta.json.gz").write_text("x")
+    with pytest.raises(InputError) as caught:
+        download.ensure_raw_files(AmazonP5("toys"), tmp_path / "local", tmp_path / "raw")
+    message = str(caught.value)
+    assert "raw files are missing: sequential_data.txt, datamaps.json (looked in" in message
+    assert f"All must lie in one folder: put them into {folder}, or all of them into {tmp_path / 'raw'}." in message
+
+
 def test_refused_downloads_say_what_to_do(server, tmp_path):
     source = FakeSource(RawFile("a.csv", server.url("a.csv")))
     with pytest.raises(InputError, match=r"raw files are missing: a\.csv .*HTTP Error 404.*come from http.*Put them"):

@@ -39,9 +39,15 @@ def test_ml_32m(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "write", "name"), [(MovieLens1M(), write_1m, "ratings.dat"), (MovieLens32M(), write_32m, "ratings.csv")]
+    ("source", "write", "name"),
+    [
+        (MovieLens1M(), write_1m, "ratings.dat"),
+        (MovieLens1M(), write_1m, "movies.dat"),
+        (MovieLens32M(), write_32m, "ratings.csv"),
+        (MovieLens32M(), write_32m, "movies.csv"),
+    ],
 )
-def test_truncated_ratings(tmp_path, source, write, name):
+def test_truncated_files(tmp_path, source, write, name):
     path = write(tmp_path) / name
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match=f"{name} is truncated: its last line has no end"):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data.files import exclusive, replaced_folder
-from data.prepare import PrepareSettings, build_splits, k_core, prepare, user_hashes
+from data.prepare import PrepareSettings, build_splits, k_core, prepare
 from data.processed import PreparedDataset
-from data.schemas import Histories, InputError
+from data.schemas import Histories, InputError, user_hashes
 from data.sources.base import SourceTables
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,15 @@ import polars as pl
 import pytest
 import torch
 
-from data.processed import DatasetConfig, PreparedDataset, RecDataset, TablesConfig, build_source, load_dataset
+from data.processed import (
+    DatasetConfig,
+    PreparedDataset,
+    RecDataset,
+    TablesConfig,
+    build_source,
+    find_prepared,
+    load_dataset,
+)
 from data.schemas import InputError
 from data.sources.tables import Tables
 
@@ -332,3 +341,22 @@ def test_movielens_is_filtered_to_the_fixpoint(shared_data, tmp_path):
     assert counts["interactions"] + counts["filtered_rows"] == 100_836
     unfiltered = DatasetConfig(dataset=RecDataset.ML_32M, root=str(tmp_path), raw_dir=raw_dir, min_interactions=1)
     assert load_dataset(unfiltered).manifest["counts"]["items"] == 9_724
+
+
+def test_a_raw_dir_that_holds_nothing_is_told(raw, tmp_path, caplog):
+    """What is prepared is used, as on a machine without raw files, but a mistyped folder must not go unnoticed."""
+    before = load_dataset(config(raw)).manifest_hash
+    assert "raw_dir" not in caplog.text
+    assert load_dataset(config(raw, raw_dir=str(tmp_path / "mistyped"))).manifest_hash == before
+    assert re.search(r"raw_dir: .*mistyped has no raw files of mine; using .*prepared/mine as it was", caplog.text)
+
+
+def test_find_prepared_never_prepares(raw, reads):
+    assert find_prepared(config(raw)) is None
+    assert not (raw.parent / "dataset").exists()
+    before = load_dataset(config(raw)).manifest_hash
+    write_log(raw, LOG[:-1])
+    assert find_prepared(config(raw)).manifest_hash == before
+    assert len(reads) == 1
+    (raw.parent / "dataset" / "prepared" / "mine" / "manifest.json").write_text("{}")
+    assert find_prepared(config(raw)) is None

@@ -107,8 +107,73 @@ def test_missing_keys_and_times(tmp_path):
 
 def test_times_that_are_no_times(tmp_path):
     log = INTERACTIONS.with_columns(timestamp=pl.lit("yesterday"))
-    with pytest.raises(InputError, match=r"column 'timestamp' holds String values such as 'yesterday'"):
+    with pytest.raises(InputError, match=r"column 'timestamp' holds 'yesterday' \(String\) in row 1; expected"):
         read(tmp_path, log)
+
+
+def test_a_day_written_in_another_order_is_refused_not_guessed(tmp_path):
+    """2 January or 1 February: a guess would silently put histories into the wrong order."""
+    log = INTERACTIONS.with_columns(timestamp=pl.Series(["2020-01-03", "01/02/2020", "02/01/2020"]))
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        with pytest.raises(InputError, match=r"holds '01/02/2020' \(String\) in row 2; expected .* such as 2020-12-31"):
+            read(tmp_path, log, suffix)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_iso_times_as_text(tmp_path, suffix):
+    written = ["2020-01-01T12:00:00.75Z", "2020-01-01 12:00:00.5", "2020-01-01T14:00+02:00", "2020-01-01", "2019-12-31"]
+    log = pl.DataFrame({"user_id": ["u"] * 5, "item_id": list("edcba"), "timestamp": written})
+    interactions = read(tmp_path, log, suffix).interactions
+    noon = 1577880000
+    assert interactions["item_key"].to_list() == list("abcde")
+    assert interactions["timestamp"].to_list() == [noon - 129_600, noon - 43_200, noon, noon, noon]
+
+
+@pytest.mark.parametrize("times", [["1", "later", "3"], ["1", "inf", "3"], ["1", "1e30", "3"], ["1", "nan", "3"]])
+def test_a_time_among_numbers_that_is_none_is_named(tmp_path, times):
+    log = INTERACTIONS.with_columns(timestamp=pl.Series(times))
+    with pytest.raises(InputError, match=rf"holds '{times[1]}' \(String\) in row 2"):
+        read(tmp_path, log)
+
+
+def test_numbers_beyond_64_bits_are_refused(tmp_path):
+    for times in ([1.0, float("inf"), 2.0], pl.Series([1, 2**64 - 1, 2], dtype=pl.UInt64)):
+        with pytest.raises(InputError, match=r"column 'timestamp' holds .* in row 2; expected"):
+            read(tmp_path, INTERACTIONS.with_columns(timestamp=pl.Series(times)), ".parquet")
+
+
+def test_whole_and_broken_numbers_may_mix(tmp_path):
+    log = INTERACTIONS.with_columns(timestamp=pl.Series(["3", "1.5", "1"]))
+    assert read(tmp_path, log).interactions["item_key"].to_list() == ["01", "a", "b"]
+
+
+def test_texts_stay_as_they_are_written(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,name,price,day\n01,1984,300.50,01/02/2020\na,,,\nb,B,1,x\n")
+    items = read(tmp_path, items="items.csv", title_column="name", text_columns=("price", "day")).items
+    assert items.rows() == [
+        ("01", "1984", None, "300.50", "01/02/2020"),
+        ("a", *[None] * 4),
+        ("b", "B", None, "1", "x"),
+    ]
+
+
+def test_columns_of_nested_values_are_refused(tmp_path):
+    log = INTERACTIONS.with_columns(item_id=pl.concat_list("item_id"))
+    with pytest.raises(
+        InputError, match=r"log\.parquet: column 'item_id' holds List\(String\) values; expected one key"
+    ):
+        read(tmp_path, log, ".parquet")
+    pl.DataFrame({"item_id": ["a"], "name": [{"x": 1}]}).write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(InputError, match=r"column 'name' holds Struct.* values; expected text, numbers or lists"):
+        read(tmp_path, suffix=".parquet", items="items.parquet", title_column="name")
+
+
+def test_names_are_names_not_patterns(tmp_path):
+    write(INTERACTIONS, tmp_path / "log[1].csv")
+    write(INTERACTIONS, tmp_path / "log*.parquet")
+    write(INTERACTIONS, tmp_path / "log2.parquet")
+    for name in ("log[1].csv", "log*.parquet"):
+        assert len(Tables(TablesConfig(interactions=name)).read(tmp_path).interactions) == 3
 
 
 def test_truncated_parquet(tmp_path):
@@ -135,6 +200,8 @@ def test_no_rows(tmp_path):
 
 
 def test_contradictions_in_the_config():
+    with pytest.raises(InputError, match="user_column and item_column are both 'id'"):
+        Tables(TablesConfig(interactions="log.csv", user_column="id", item_column="id"))
     with pytest.raises(InputError, match="names title, category or text columns but no items file"):
         Tables(TablesConfig(interactions="log.csv", title_column="name"))
     with pytest.raises(InputError, match=r"text_columns \['title'\] have reserved names"):

@@ -68,6 +68,35 @@ def test_a_row_does_not_depend_on_its_batch(beam_width, k, seed):
     assert torch.equal(again[1], scores)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    level_sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    share=st.sampled_from([0.05, 0.5, 0.95]),
+    per_row=st.booleans(),
+    beam_width=st.integers(1, 5),
+    k=st.integers(1, 70),
+    seed=st.integers(0, 2**20),
+)
+def test_masks_hold_and_a_wide_beam_fills_from_them_as_brute_force_does(
+    level_sizes, share, per_row, beam_width, k, seed
+):
+    model, tokenizer, ranker = parts([11, *level_sizes], 60, seed, beam_width=beam_width, batch_size=3)
+    num_items = tokenizer.num_items
+    allowed = torch.rand(4 if per_row else 1, num_items, generator=torch.Generator().manual_seed(seed)) < share
+    item_ids, scores = ranker.rank(HISTORIES, k, allowed if per_row else allowed[0])
+    check_ranking("generative", item_ids, scores, num_rows=4, k=k, num_items=num_items)
+    listed = item_ids >= 0
+    assert torch.equal(listed.sum(1), allowed.expand(4, -1).sum(1).clamp(max=k))
+    assert allowed.expand(4, -1).gather(1, item_ids.clamp(min=0))[listed].all()
+    exact = brute_force(model, tokenizer, HISTORIES)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(scores[listed], exact.gather(1, item_ids.clamp(min=0))[listed], **close)
+    if k >= num_items:
+        torch.testing.assert_close(
+            scores[:, :num_items], exact.where(allowed, -torch.inf).sort(descending=True)[0], **close
+        )
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
 def test_lists_are_filled_from_what_is_allowed(per_row, batch_size):

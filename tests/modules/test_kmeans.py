@@ -30,8 +30,13 @@ def test_more_iterations_do_not_raise_the_error():
 
 @pytest.mark.parametrize(
     "x",
-    [torch.ones(100, 3), torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]).repeat(40, 1)],
-    ids=["one value", "one row", "two values"],
+    [
+        torch.ones(100, 3),
+        torch.zeros(1, 3),
+        torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]).repeat(40, 1),
+        torch.full((5, 3), 1e6),
+    ],
+    ids=["one value", "one row", "two values", "one large value"],
 )
 def test_fewer_distinct_rows_than_codes(x):
     centroids = kmeans(x, 16)

@@ -96,6 +96,15 @@ def test_rows_are_independent() -> None:
         torch.testing.assert_close(model.log_likelihood(alone)[0], together[row])
 
 
+def test_steps_on_no_rows() -> None:
+    model = small_model()
+    nothing = TokenizedSeqBatch(torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 0)
+    state, beams = model.start(nothing), torch.zeros(0, 4, dtype=torch.int64)
+    assert model.step(state, None, None).shape == (0, 1, 5)
+    assert model.step(state, beams, beams).shape == (0, 4, 4)
+    assert model.step(state, beams, beams).shape == (0, 4, 3)
+
+
 @pytest.mark.parametrize("lengths", [[0], [0, 0], [0, 1]], ids=str)
 def test_empty_histories_train_and_generate(lengths: list[int]) -> None:
     model, batch = small_model(), random_batch(lengths)

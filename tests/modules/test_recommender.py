@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from data.schemas import NO_ITEM, Catalogue, InputError
+from data.schemas import NO_ITEM, Catalogue, InputError, user_hashes
 from modules.recommender import Recommendation, Recommender
 from tests.modules.tiny_artifact import save_tiny_artifact
 
@@ -43,6 +43,31 @@ def test_keys_in_keys_out(recommender):
     )
     assert recommender.ranker.histories.item_ids.tolist() == [3, 0, 1]
     assert recommender.ranker.histories.offsets.tolist() == [0, 2, 3]
+
+
+def test_users_get_the_hash_of_the_prepared_dataset(recommender):
+    recommender.recommend([["a"], ["b"], ["c"]], 1, users=["alice", None, ""])
+    assert recommender.ranker.histories.user_hashes.tolist() == [-8513398901633652147, 0, -5426141060434712860]
+    recommender.recommend([["a"], ["b"]], 1)
+    assert recommender.ranker.histories.user_hashes.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("users", [["alice"], [], "al"])
+def test_as_many_users_as_histories(recommender, users):
+    with pytest.raises(InputError, match="one user key or None per history, 2 in all"):
+        recommender.recommend([["a"], ["b"]], 1, users=users)
+
+
+def test_the_user_changes_what_a_model_with_user_tokens_recommends(tmp_path):
+    save_tiny_artifact(tmp_path / "model")  # its model hashes users into 7 tokens
+    recommender = Recommender.from_pretrained(tmp_path / "model", device="cpu")
+    users = [f"user-{number}" for number in range(12)]
+    lists = recommender.recommend([["item-1", "item-2"]] * 12, 12, users=users)
+    by_token = {}
+    for user, ranked in zip(users, lists, strict=True):
+        scores = tuple(round(item.score, 4) for item in ranked)
+        assert by_token.setdefault(int(user_hashes([user])[0]) % 7, scores) == scores
+    assert len(set(by_token.values())) == len(by_token) > 1
 
 
 def test_exclude_seen_is_per_row_and_lists_may_be_shorter(recommender):

@@ -27,7 +27,7 @@ def test_user_token_and_separator() -> None:
     vocabulary = CodeVocabulary({"text": (4, 3)}, num_user_buckets=10, separator=True)
     tokenized = SequenceTokenizer(SEMANTIC_IDS, vocabulary)(batch_of([2, 1], [], [0]))
     # Tokens: BOS 0, separator 1, level 0 from 2, level 1 from 6, users from 9; hashes are 7, 8, 9.
-    assert tokenized.tokens.tolist() == [16, 5, 7, 1, 3, 8, 1, 17, 18, 2, 6, 1]
+    assert tokenized.tokens.tolist() == [17, 5, 7, 1, 3, 8, 1, 18, 10, 2, 6, 1]
     assert tokenized.offsets.tolist() == [0, 7, 8, 12]
     assert tokenized.offsets.dtype == torch.int32
     assert tokenized.max_len == 7
@@ -57,7 +57,7 @@ def test_equals_a_loop_over_rows() -> None:
     batch = batch_of(*histories)
     expected = []
     for history, user_hash in zip(histories, batch.user_hashes.tolist(), strict=True):
-        expected.append(2 + 15 + user_hash % 4)
+        expected.append(2 + 15 + 1 + user_hash % 3)
         for item in history:
             expected += [2 + 5 * level + code for level, code in enumerate(semantic_ids[item].tolist())] + [1]
     assert SequenceTokenizer(semantic_ids, vocabulary)(batch).tokens.tolist() == expected

@@ -102,6 +102,27 @@ def test_tokenizer_is_frozen_and_independent_of_further_training():
     assert not any(parameter.requires_grad for parameter in tokenizer.rqvae.parameters())
 
 
+def test_codes_do_not_depend_on_autocast():
+    tokenizer = make_tokenizer()
+    features = torch.randn(3000, 6, generator=torch.Generator().manual_seed(2))
+    exact = tokenizer.encode(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tokenizer.encode(features), exact)
+
+
+def test_content_hash_does_not_depend_on_the_integer_type():
+    tokenizer = make_tokenizer()
+    narrow = SemanticIdTokenizer(
+        tokenizer.rqvae,
+        tokenizer.semantic_ids.int(),
+        tokenizer.level_sizes,
+        tokenizer.catalogue,
+        language="text",
+        manifest={},
+    )
+    assert narrow.content_hash == tokenizer.content_hash
+
+
 def test_an_item_gets_the_same_codes_alone_and_among_others(monkeypatch):
     torch.manual_seed(0)
     rqvae = RqVae(RqVaeConfig(input_dim=64, hidden_dims=(96, 48), codebook_sizes=(64, 64)))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,16 +7,11 @@ from modules.transformer.attention import RelativeBias
 from modules.transformer.decoder import Decoder
 from modules.transformer.encoder import Encoder
 from modules.transformer.rows import Rows
+from modules.transformer.sizes import StackSizes
 
-SIZES = {
-    "num_layers": 2,
-    "d_model": 12,
-    "num_heads": 2,
-    "head_dim": 4,
-    "d_ff": 16,
-    "relative_buckets": 8,
-    "relative_max_distance": 16,
-}
+SIZES = StackSizes(
+    d_model=12, num_heads=2, head_dim=4, d_ff=16, dropout=0.0, relative_buckets=8, relative_max_distance=16
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +31,7 @@ def randomized(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def test_encoder_rows_do_not_see_each_other() -> None:
-    encoder = randomized(Encoder(dropout=0.0, **SIZES))
+    encoder = randomized(Encoder(2, SIZES))
     x = torch.randn(9, 12, dtype=torch.float64)
     together = encoder(x, rows_of(4, 0, 5))
     alone = [encoder(part, rows_of(len(part))) for part in (x[:4], x[4:])]
@@ -42,7 +39,7 @@ def test_encoder_rows_do_not_see_each_other() -> None:
 
 
 def test_encoder_positions_matter_and_look_both_ways() -> None:
-    encoder = randomized(Encoder(dropout=0.0, **SIZES))
+    encoder = randomized(Encoder(2, SIZES))
     rows = rows_of(4)
     x = torch.randn(4, 12, dtype=torch.float64)
     out = encoder(x, rows)
@@ -53,7 +50,7 @@ def test_encoder_positions_matter_and_look_both_ways() -> None:
 
 
 def test_decoder_looks_back_only() -> None:
-    decoder = randomized(Decoder(dropout=0.0, **SIZES))
+    decoder = randomized(Decoder(2, SIZES))
     encoded = torch.randn(5, 12, dtype=torch.float64)
     rows = rows_of(2, 3)
     x = torch.randn(2, 3, 12, dtype=torch.float64)
@@ -65,7 +62,7 @@ def test_decoder_looks_back_only() -> None:
 
 
 def test_decoder_steps_equal_teacher_forcing() -> None:
-    decoder = randomized(Decoder(dropout=0.0, **SIZES))
+    decoder = randomized(Decoder(2, SIZES))
     encoded = torch.randn(5, 12, dtype=torch.float64)
     rows = rows_of(2, 0, 3)
     x = torch.randn(3, 3, 12, dtype=torch.float64)
@@ -78,7 +75,7 @@ def test_decoder_steps_equal_teacher_forcing() -> None:
 
 
 def test_dropout_acts_in_training_only() -> None:
-    encoder = Encoder(dropout=0.5, **SIZES)
+    encoder = Encoder(2, replace(SIZES, dropout=0.5))
     x, rows = torch.randn(4, 12), rows_of(4)
     assert not torch.equal(encoder(x, rows), encoder(x, rows))
     encoder.eval()
@@ -86,7 +83,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_bias_of_the_last_position() -> None:
-    bias = RelativeBias(8, 16, 2, causal=True)
+    bias = RelativeBias(SIZES, causal=True)
     with torch.no_grad():
         bias.table[:, 0] = torch.arange(8.0)
     assert bias.of_last(4)[0].tolist() == [3, 2, 1, 0]

@@ -11,7 +11,7 @@ def test_tokens_are_numbered_in_the_documented_order() -> None:
     assert vocabulary.level_offsets("text") == (2, 6)
     assert vocabulary.offset("image", 0) == 9
     assert (vocabulary.num_levels("text"), vocabulary.size("text", 1)) == (2, 3)
-    assert vocabulary.user_tokens(torch.tensor([0, 4, 5])).tolist() == [11, 15, 11]
+    assert vocabulary.user_tokens(torch.tensor([0, 4, 5])).tolist() == [11, 12, 13]
     assert vocabulary.num_tokens == 16
 
 
@@ -48,3 +48,11 @@ def test_wrong_sizes_are_refused(languages: dict, buckets: int, message: str) ->
 def test_unknown_language_lists_the_valid_ones() -> None:
     with pytest.raises(InputError, match="unknown code language 'img'; valid languages: text, image"):
         CodeVocabulary({"text": (4,), "image": (4,)}).offset("img", 0)
+
+
+def test_unknown_users_share_a_token_with_nobody() -> None:
+    hashes = torch.tensor([0, 6, -6, 12, 1 << 40])
+    tokens = CodeVocabulary({"text": (4,)}, num_user_buckets=7).user_tokens(hashes)
+    assert tokens[0] == 5
+    assert (tokens[1:] > 5).all()
+    assert CodeVocabulary({"text": (4,)}, num_user_buckets=1).user_tokens(hashes).tolist() == [5] * 5

@@ -24,6 +24,45 @@ def test_self_attention_follows_each_beams_ancestors() -> None:
             torch.testing.assert_close(got[row, beam], torch.einsum("hk,khd->hd", scores.softmax(-1), v))
 
 
+def gathered_attention(q, keys, values, ancestors, scale, bias):
+    """The twin: all ancestors' keys and values side by side, then one softmax over the steps."""
+    rows = torch.arange(len(q))[:, None]
+    k, v = (
+        torch.stack([entry[rows, ancestors[:, :, step]] for step, entry in enumerate(cache)], dim=2)
+        for cache in (keys, values)
+    )
+    scores = torch.einsum("bwhd,bwshd->bwhs", q, k) * scale + bias
+    return torch.einsum("bwhs,bwshd->bwhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize(("num_rows", "num_beams"), [(3, 1), (1, 63), (5, 20), (0, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+def test_self_attention_equals_the_gathering_twin(
+    num_rows: int, num_beams: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    widths = [1, 7, num_beams]
+    # As the model makes them: views of one product of queries, keys and values.
+    fused = [torch.randn(num_rows, width, 3, 2, 4, generator=GENERATOR, dtype=torch.float64) for width in widths]
+    q, bias = fused[-1][:, :, 0], torch.randn(2, 3, generator=GENERATOR, dtype=torch.float64)
+    keys, values = [step[:, :, 1] for step in fused], [step[:, :, 2] for step in fused]
+    ancestors = torch.stack(
+        [torch.randint(width, (num_rows, num_beams), generator=GENERATOR) for width in widths], dim=2
+    )
+    expected = gathered_attention(q, keys, values, ancestors, 0.5, bias)
+    got = ops.beam_self_attention(
+        q.to(dtype),
+        [k.to(dtype) for k in keys],
+        [v.to(dtype) for v in values],
+        ancestors,
+        scale=0.5,
+        bias=bias.to(dtype),
+    )
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_cross_attention_reads_each_beams_own_row() -> None:
     offsets = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
     q = torch.randn(3, 5, 2, 4, generator=GENERATOR)

@@ -40,3 +40,10 @@ def test_gradient_passes_where_kept() -> None:
 def test_probability_is_checked() -> None:
     with pytest.raises(ValueError, match=r"dropout_p in \[0, 1\), got -0.1"):
         ops.dropout(torch.ones(3), dropout_p=-0.1)
+
+
+@pytest.mark.parametrize("dropout_p", [1e-7, 0.9999999])
+def test_probabilities_beyond_the_masks_resolution(dropout_p: float) -> None:
+    torch.manual_seed(0)
+    share = keep_mask((1 << 18,), dropout_p, torch.device("cpu")).float().mean().item()
+    assert share == pytest.approx(1 - dropout_p, abs=1e-3)

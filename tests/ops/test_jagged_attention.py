@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -105,6 +108,63 @@ def test_offsets_that_change_in_place_are_noticed() -> None:
     second = ops.jagged_self_attention(qkv, offsets, max_len=5, scale=0.5)
     assert (first - second).abs().max() > 1e-3
     torch.testing.assert_close(second, twin_attention(qkv[:, 0], qkv[:, 1:], offsets, offsets, 0.5))
+
+
+def test_offsets_that_change_behind_the_version_counter_are_noticed() -> None:
+    buffer, qkv = np.array([0, 4, 6], dtype=np.int32), random(6, 3, 2, 4)
+    offsets = torch.from_numpy(buffer)
+    ops.jagged_self_attention(qkv, offsets, max_len=5, scale=0.5)
+    buffer[1] = 1
+    got = ops.jagged_self_attention(qkv, offsets, max_len=5, scale=0.5)
+    torch.testing.assert_close(got, twin_attention(qkv[:, 0], qkv[:, 1:], offsets, offsets, 0.5))
+
+
+def test_plans_are_shared_by_equal_offsets_and_by_nothing_else() -> None:
+    offsets, qkv = offsets_of([4, 2]), random(6, 3, 2, 4)
+    memo, layout = implementation._PlanMemo(), implementation._Layout(6, 6, 4, 4, 3, 3, 2, False)
+    plan = memo(offsets, offsets, layout)
+    assert memo(offsets.clone(), offsets.clone(), layout) is plan
+    with torch.inference_mode():
+        assert memo(offsets.clone(), offsets.clone(), layout) is plan
+    assert memo(offsets, offsets, replace(layout, causal=True)) is not plan
+    assert memo(offsets_of([2, 4]), offsets, layout) is not plan
+    for causal in (True, False, True):
+        got = ops.jagged_self_attention(qkv, offsets, max_len=4, scale=0.5, causal=causal)
+        expected = twin_attention(qkv[:, 0], qkv[:, 1:], offsets, offsets, 0.5, causal=causal)
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_plan_made_for_inference_serves_training() -> None:
+    lengths = [*range(34), 3, 17]  # padded groups, with masks
+    qkv = random(sum(lengths), 3, 2, 4)
+    arguments = {"max_len": 33, "scale": 0.5, "causal": True}
+    with torch.inference_mode():
+        ops.jagged_self_attention(qkv, offsets_of(lengths), **arguments)
+    got = ops.jagged_self_attention(qkv, offsets_of(lengths), **arguments)
+    expected = twin_attention(qkv[:, 0], qkv[:, 1:], offsets_of(lengths), offsets_of(lengths), 0.5, causal=True)
+    for one, other in zip(
+        torch.autograd.grad(got.square().sum(), qkv), torch.autograd.grad(expected.square().sum(), qkv), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_plan_that_another_thread_makes_during_a_look_up_does_no_harm() -> None:
+    memo = implementation._PlanMemo()
+    offsets, layout = offsets_of([4, 2]), implementation._Layout(6, 6, 4, 4, 3, 3, 2, False)
+
+    class Interrupted(implementation._Layout):
+        """Whose comparison, in the middle of a look-up, is the moment at which the other thread runs."""
+
+        __hash__ = None
+
+        def __eq__(self, other: object) -> bool:
+            for first in range(4):
+                memo(offsets_of([first, 6 - first]), offsets, layout)
+            return False
+
+    memo(offsets, offsets, layout)
+    plan = memo(offsets, offsets, Interrupted(6, 6, 4, 4, 3, 3, 2, False))
+    assert len(plan) == 2
 
 
 def test_dropout_drops_probabilities_and_keeps_their_mean() -> None:
