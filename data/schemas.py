@@ -208,6 +208,13 @@ class SeqBatch:
             targets=None if self.targets is None else self.targets.to(device),
         )
 
+    def unseen(self, num_items: int) -> Tensor:
+        """[B, N] bool, false for the items that a row's history contains."""
+        rows = torch.repeat_interleave(self.offsets.long().diff())
+        unseen = torch.ones(len(self), num_items, dtype=torch.bool, device=self.item_ids.device)
+        unseen[rows, self.item_ids] = False
+        return unseen
+
     @classmethod
     def from_lists(cls, histories: list[list[int]]) -> "SeqBatch":
         """A batch without users and targets from Python lists of item ids; rows may be empty."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data.schemas import InputError, SeqBatch
 from evaluation.metrics import sliced_metrics, target_ranks
-from evaluation.ranker import Ranker, check_ranking, unseen_items
+from evaluation.ranker import Ranker, check_ranking
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ def evaluate(
 
 def _ranked_items(ranker: Ranker, batch: SeqBatch, k: int, num_items: int, exclude_seen: bool) -> Tensor:
     """[B, k] item ids on the CPU, checked against the contract."""
-    allowed = unseen_items(batch, num_items) if exclude_seen else None
+    allowed = batch.unseen(num_items) if exclude_seen else None
     with torch.no_grad():
         item_ids, scores = (output.cpu() for output in ranker.rank(batch, k, allowed))
     check_ranking(ranker.name, item_ids, scores, num_rows=len(batch), k=k, num_items=num_items)

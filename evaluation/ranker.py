@@ -81,14 +81,6 @@ def _top_columns(scores: Tensor, k: int) -> Tensor:
     return columns
 
 
-def unseen_items(histories: SeqBatch, num_items: int) -> Tensor:
-    """[B, N] bool, false for the items that a row's history contains."""
-    rows = torch.repeat_interleave(histories.offsets.long().diff())
-    unseen = torch.ones(len(histories), num_items, dtype=torch.bool, device=histories.item_ids.device)
-    unseen[rows, histories.item_ids] = False
-    return unseen
-
-
 def check_ranking(ranker: str, item_ids: Tensor, scores: Tensor, *, num_rows: int, k: int, num_items: int) -> None:
     """Hold what a ranker returned against the contract.
 

@@ -108,7 +108,7 @@ class Recommender:
         batch = SeqBatch.from_lists(self._known_item_ids(histories))
         if users is not None:
             batch = replace(batch, user_hashes=_hashes(users, num_rows=len(batch)))
-        allowed = self._unseen(batch) if exclude_seen else None
+        allowed = batch.unseen(len(self.catalogue)) if exclude_seen else None
         item_ids, scores = self.ranker.rank(batch, k, allowed)
         return [
             [self._recommendation(item_id, score) for item_id, score in zip(*row, strict=True) if item_id != NO_ITEM]
@@ -136,12 +136,6 @@ class Recommender:
                 stacklevel=3,
             )
         return known
-
-    def _unseen(self, batch: SeqBatch) -> Tensor:
-        allowed = torch.ones(len(batch), len(self.catalogue), dtype=torch.bool)
-        rows = torch.repeat_interleave(batch.offsets.long().diff())
-        allowed[rows, batch.item_ids] = False
-        return allowed
 
     def _recommendation(self, item_id: int, score: float) -> Recommendation:
         return Recommendation(self.catalogue.item_keys[item_id], score, self.catalogue.titles[item_id])

@@ -13,7 +13,7 @@ class CodeVocabulary:
 
     Args:
         languages: codebook sizes of each language's levels, the dedup level included.
-        num_user_buckets: user tokens, 0 for none; the first one is that of unknown users, the others are shared by hash.
+        num_user_buckets: user tokens, 0 for none; the first is for unknown users, hashes share the others.
         separator: whether a token ends every item.
 
     Raises:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from data.schemas import InputError, SeqBatch
-from evaluation.ranker import check_ranking, top_items, unseen_items
+from evaluation.ranker import check_ranking, top_items
 
 INF = float("inf")
 
@@ -44,7 +44,7 @@ def test_nan_scores_are_refused():
 
 
 def test_unseen_items_of_jagged_rows():
-    unseen = unseen_items(SeqBatch.from_lists([[1, 1, 3], [], [0]]), 4)
+    unseen = SeqBatch.from_lists([[1, 1, 3], [], [0]]).unseen(4)
     assert unseen.int().tolist() == [[1, 0, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]]
 
 
