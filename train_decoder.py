@@ -30,6 +30,7 @@ from modules.tokenizer.legacy import is_legacy, load_legacy
 from modules.tokenizer.sequence import SequenceTokenizer
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.plots import plot_run
+from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
 from training.loop import LoopConfig, TrainingResult, run_training
@@ -124,10 +125,12 @@ def train(
     Raises:
         InputError: for bad input, or a folder that holds another run.
     """
+    counts = {"batch_size": batch_size, "max_history": max_history, "beam_width": beam_width}
+    require_at_least(1, "train_decoder.train", **counts, max_valid_users=max_valid_users)
     prepared = load_dataset(dataset)
+    run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
     semantic_ids = load_tokenizer(tokenizer, prepared, features, options)
     protocol = EvaluationProtocol.of(prepared, dataset.split, max_history=max_history, exclude_seen=exclude_seen)
-    run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
 
     torch.manual_seed(seed)
     languages = {semantic_ids.language: semantic_ids.level_sizes}

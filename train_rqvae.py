@@ -29,6 +29,7 @@ from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.plots import plot_run
+from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
 from training.loop import LoopConfig, run_training
@@ -151,6 +152,7 @@ def train(
     Raises:
         InputError: for bad input, a collapsed codebook, or a folder that holds another run.
     """
+    _check_settings(batch_size, pretrain_steps, kmeans_rows, temperature, min_codebook_use)
     prepared = load_dataset(dataset)
     item_features = load_item_features(prepared, features)
     settings = _settings_hash(
@@ -191,11 +193,22 @@ def train(
         metrics=metrics,
         provenance={"settings_hash": settings, "steps": result.steps, "seconds": round(result.seconds, 1)},
     )
-    on_main(lambda: tokenizer.save_pretrained(run.model))
     run.write_metrics(metrics | {"best_step": result.best_step, "steps": result.steps, "seconds": result.seconds})
     on_main(lambda: plot_run(run.metrics_log, run.report))
+    on_main(lambda: tokenizer.save_pretrained(run.model))  # last: a run that holds it is finished
     _announce(tokenizer, metrics, run)
     return run.model
+
+
+def _check_settings(
+    batch_size: int, pretrain_steps: int, kmeans_rows: int, temperature: tuple[float, float], min_codebook_use: float
+) -> None:
+    require_at_least(1, "train_rqvae.train", batch_size=batch_size, kmeans_rows=kmeans_rows)
+    require_at_least(0, "train_rqvae.train", pretrain_steps=pretrain_steps)
+    if not min(temperature) > 0:
+        raise InputError(f"train_rqvae.train.temperature expected two positive numbers, got {temperature}.")
+    if not 0 < min_codebook_use <= 1:
+        raise InputError(f"train_rqvae.train.min_codebook_use expected a share in (0, 1], got {min_codebook_use}.")
 
 
 def _sample_rows(features: np.ndarray, num_rows: int, seed: int) -> Tensor:

@@ -111,7 +111,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise cannot_write(folder, error) from error
     try:
         yield temporary
-        _share(temporary)
+        share(temporary)
         _swap(temporary, folder)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         raise cannot_write(folder, error) from error
@@ -143,12 +143,12 @@ def _clean_up(folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _share(folder: Path) -> None:
-    """Gives the usual modes: mkdtemp and safetensors make what they write unreadable for other users."""
+def share(path: Path) -> None:
+    """Give a file, or a folder and all in it, the usual modes: mkdtemp and safetensors write for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    for entry in (path, *path.rglob("*")):
+        entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
 
 
 def cannot_write(folder: Path, error: Exception) -> InputError:

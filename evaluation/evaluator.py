@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import share
 from data.schemas import InputError, SeqBatch
 from evaluation.metrics import sliced_metrics, target_ranks
 from evaluation.ranker import Ranker, check_ranking
@@ -169,6 +170,7 @@ def save_ranks(path: Path, evaluations: Sequence[Evaluation]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial)
+        share(partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: the ranks could not be written ({error}). Choose a writable folder.") from error

@@ -1,6 +1,6 @@
 """Curves of a run, drawn from its metrics.jsonl alone.
 
-report/loss.png            training loss and its parts, validation loss where there is one
+report/loss.png            training loss and its parts (of each level, too), validation loss where there is one
 report/learning_rate.png   learning rate and gradient norm
 report/codebook.png        codebook use, entropy, collisions
 report/metrics.png         all other validation metrics, without their confidence bounds
@@ -17,9 +17,9 @@ from data.schemas import InputError
 Curve = tuple[list[int], list[float]]
 
 _LEVEL = re.compile(r"_level_\d+$")
-_CODEBOOK = re.compile(r"codebook|_level_\d+$|/(unique_ratio|collision_rate|largest_group)$")
 _CONFIDENCE_BOUND = re.compile(r"_(low|high)$")
 _LOOP_FACTS = ("step", "seconds", "train/examples_per_second", "train/overflow_steps")
+_SLICE_SIZE = re.compile(r"/count$")
 
 
 def plot_run(metrics_log: Path, report: Path) -> list[Path]:
@@ -49,7 +49,7 @@ def _curves(metrics_log: Path) -> dict[str, Curve]:
     for line in metrics_log.read_text(encoding="utf-8").splitlines():
         record = _record(line)
         for name, value in record.items():
-            drawn = name not in _LOOP_FACTS and not _CONFIDENCE_BOUND.search(name)
+            drawn = name not in _LOOP_FACTS and not _CONFIDENCE_BOUND.search(name) and not _SLICE_SIZE.search(name)
             if drawn and isinstance(value, int | float):
                 steps, values = curves[name]
                 steps.append(record["step"])
@@ -68,7 +68,7 @@ def _record(line: str) -> dict[str, Any]:
 def _figure_of(name: str) -> str:
     if name in ("train/learning_rate", "train/gradient_norm"):
         return "learning_rate"
-    if _CODEBOOK.search(name):
+    if name.startswith("codebook/"):
         return "codebook"
     if name.startswith("train/") or name.rsplit("/", 1)[-1] in ("loss", "reconstruction", "quantize"):
         return "loss"

@@ -8,10 +8,12 @@ import dataclasses
 import gzip
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,10 +39,12 @@ from modules.tokenizer.collisions import codebook_health as tuple_health
 from modules.tokenizer.collisions import dedup_codes
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from training import cli
+from training.gin_syntax import ConfigReader, Macro
 from training.loop import LoopConfig, run_training
 from training.run_folder import RunFolder, RunOptions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+REQUIRED = Macro("gin.REQUIRED")
 
 
 def rqvae(**settings) -> RqVae:
@@ -373,16 +377,62 @@ def shipped_configs() -> list[Path]:
     return [path for path in paths if "base" not in path.relative_to(REPOSITORY).parts]
 
 
-@pytest.mark.parametrize("path", shipped_configs(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
-def test_fault_13_every_shipped_config_parses(path: Path, capsys: pytest.CaptureFixture[str]):
+each_shipped_config = pytest.mark.parametrize(
+    "path", shipped_configs(), ids=lambda path: path.relative_to(REPOSITORY).as_posix()
+)
+
+
+def run_config(path: Path, *arguments: str) -> tuple[Any, int]:
+    """The script of a config, and its exit code; values that the config asks a user for are given."""
     script = "train_rqvae" if "rqvae" in path.stem else "train_decoder"
     module = importlib.import_module(script)
-    assert cli.main(module.train, script, [str(path), "--print-config"]) == 0, capsys.readouterr().err
-    assert "train.save_dir_root" in capsys.readouterr().out
+    reader = ConfigReader()
+    reader.read_file(path)
+    required = [s.name for s in reader.statements if s.value == REQUIRED]
+    given = [f"--gin.{name}=given.csv" for name in required]
+    return module, cli.main(module.train, script, [str(path), *given, *arguments])
+
+
+@each_shipped_config
+def test_fault_13_every_shipped_config_parses(path: Path, capsys: pytest.CaptureFixture[str]):
+    _, code = run_config(path, "--print-config")
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert "train.save_dir_root" in captured.out
+
+
+@each_shipped_config
+def test_fault_13_every_line_of_a_shipped_config_counts(path: Path, capsys: pytest.CaptureFixture[str]):
+    """What a file says and no other line says anew is in force with that file and line as its origin."""
+    reader = ConfigReader()
+    reader.read_file(path)
+    last = {statement.name: statement.origin for statement in reader.statements if statement.value != REQUIRED}
+    assert len(last) > 10
+    assert run_config(path, "--print-config")[1] == 0
+    in_force = set(re.findall(r"^#? ?(\S+) = .*  # (\S+\.gin:\d+)$", capsys.readouterr().out, flags=re.MULTILINE))
+    assert {f"{name} @ {origin}" for name, origin in last.items()} <= {f"{n} @ {o}" for n, o in in_force}
+
+
+@each_shipped_config
+def test_fault_13_every_shipped_config_holds_possible_values(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """gin builds every dataclass of the run, whose own checks pass, and calls the function."""
+    reached = []
+
+    def stop(config: DatasetConfig) -> None:
+        reached.append(config)
+        raise InputError("far enough")
+
+    for module in ("train_rqvae", "train_decoder"):
+        monkeypatch.setattr(importlib.import_module(module), "load_dataset", stop)
+    assert run_config(path)[1] == 2
+    assert [type(config) for config in reached] == [DatasetConfig]
 
 
 def test_fault_13_there_are_configs_to_parse():
-    assert len(shipped_configs()) >= 8  # demo, Amazon, ML-1M and ML-32M, two stages each
+    names = {path.relative_to(REPOSITORY / "configs").as_posix() for path in shipped_configs()}
+    wanted = ["amazon", "amazon_sports", "amazon_toys", "ml_1m", "ml_32m"]
+    assert names >= {f"{stage}_{data}.gin" for stage in ("rqvae", "decoder") for data in wanted}
+    assert names >= {"demo/rqvae.gin", "demo/decoder.gin"}
 
 
 @pytest.mark.parametrize("mode", QuantizeMode)

@@ -45,12 +45,14 @@ class CheckpointStore:
         self._folder = folder
         self._keep = keep
         self.best_path = folder / BEST
+        self._temporary_best = folder / f".{BEST}.tmp"
 
     def clean(self) -> None:
         """Remove what interrupted writes and deletions left behind."""
         for pattern in (".writing_*", ".deleting_*"):
             for path in self._folder.glob(pattern):
                 shutil.rmtree(path)
+        self._temporary_best.unlink(missing_ok=True)
 
     def last(self) -> Path | None:
         """Newest checkpoint by name, not verified."""
@@ -90,14 +92,13 @@ class CheckpointStore:
         Raises:
             InputError: if they cannot be written; the earlier ones are untouched.
         """
-        temporary = self._folder / f".{BEST}.tmp"
         try:
-            save_model(model, str(temporary))
-            sync_file(temporary)
-            os.replace(temporary, self.best_path)
+            save_model(model, str(self._temporary_best))
+            sync_file(self._temporary_best)
+            os.replace(self._temporary_best, self.best_path)
             sync_folder(self._folder)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            self._temporary_best.unlink(missing_ok=True)
             raise self._write_error(error, self.best_path) from error
 
     def load_best(self, model: nn.Module) -> None:
@@ -114,9 +115,9 @@ class CheckpointStore:
         if checkpoint is None or not (checkpoint / BEST).exists():
             self.best_path.unlink(missing_ok=True)
             return
-        temporary = self._folder / f".{BEST}.tmp"
-        _link(checkpoint / BEST, temporary)
-        os.replace(temporary, self.best_path)
+        _link(checkpoint / BEST, self._temporary_best)
+        os.replace(self._temporary_best, self.best_path)
+        self._temporary_best.unlink(missing_ok=True)  # replacing a name of a file by another of it leaves both
 
     def choose(self, resume: str | None, *, discard_newer: bool, say: Callable[[str], None]) -> Path | None:
         """The checkpoint to continue from, verified; None for a fresh start.
@@ -239,7 +240,8 @@ def remove_checkpoints(folder: Path) -> None:
     for pattern in ("step_*", ".writing_*", ".deleting_*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
-    (folder / BEST).unlink(missing_ok=True)
+    for path in folder.glob(f"*{BEST}*"):
+        path.unlink()
 
 
 def _link(source: Path, target: Path) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from data.files import disk_problem
 from data.schemas import InputError
 from training.gin_config import clear_config, load_config, plain_message
-from training.interrupt import EXIT_CODE
+from training.interrupt import EXIT_CODE, termination_interrupts
+from training.processes import leave_together
 from training.run_folder import RunOptions
 
 __all__ = ["RunOptions", "main", "run_cli"]
@@ -45,7 +46,8 @@ def run_cli(command: Callable[[Sequence[str]], int | None], argv: Sequence[str])
     for room in ("data", "modules", "training"):
         logging.getLogger(room).setLevel(logging.INFO)
     try:
-        return command(argv) or 0
+        with termination_interrupts():
+            return command(argv) or 0
     except SystemExit as leaving:  # argparse has already printed its message
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except InputError as error:
@@ -94,6 +96,7 @@ def _train(train: Callable[..., object], script: str, argv: Sequence[str]) -> in
                 command=shlex.join(["python", f"{script}.py", *argv]),
             )
         )
+        leave_together()
         return 0
     finally:
         clear_config()

@@ -25,6 +25,7 @@ from training import gin_registry as registry
 from training.annotations import MismatchError, conform, describe, mistake
 from training.gin_registry import register, short_name, written
 from training.gin_syntax import (
+    COMMAND_LINE,
     ConfigReader,
     Constant,
     Macro,
@@ -226,6 +227,7 @@ class _Config:
             self._typed_value(statement)
         self._check_values_used()
         self._check_macros_used()
+        self._check_overrides_win()
         for call in self._reach([_Call((), self._resolver.entry)]):
             self._check_complete(call)
 
@@ -237,8 +239,7 @@ class _Config:
 
     def settings(self) -> Iterator[Setting]:
         """Every parameter of every call that the values in force lead to."""
-        functions = [_Call((), key[1]) for key in self._values if not key[0] and not registry.is_class(key[1])]
-        for call in self._reach([_Call((), self._resolver.entry), *functions]):
+        for call in self._calls():
             for name, parameter in self._resolver.parameters(call.selector).items():
                 winner = self._winner(call, name)
                 if winner is None and not registry.has_default(parameter):
@@ -246,6 +247,11 @@ class _Config:
                 value = parameter.default if winner is None else self._expand(winner)
                 complete = "/".join([*call.scopes, f"{short_name(call.selector)}.{name}"])
                 yield Setting(complete, written(value), winner.origin if winner else "default")
+
+    def _calls(self) -> list[_Call]:
+        """Every call of the running script's function, and of other functions that the config has values for."""
+        functions = [_Call((), key[1]) for key in self._values if not key[0] and not registry.is_class(key[1])]
+        return self._reach([_Call((), self._resolver.entry), *functions])
 
     def _name(self, statement: Statement) -> str:
         if statement.is_macro:
@@ -317,6 +323,21 @@ class _Config:
                 raise InputError(
                     f"{statement.origin}: nothing uses the macro {name}.{closest(name, names)} "
                     f"Use it as %{name}, or name a parameter (train.{name})."
+                )
+
+    def _check_overrides_win(self) -> None:
+        """A value from the command line must not lose everywhere to values of the config that name a scope."""
+        calls = self._calls()
+        for (_, selector, parameter), statement in self._values.items():
+            if statement.origin != COMMAND_LINE:
+                continue
+            found = [self._winner(call, parameter) for call in calls if call.selector == selector]
+            winners = {self._name(winner): winner for winner in found if winner}
+            if winners and statement not in winners.values():
+                raise InputError(
+                    f"{statement.origin}: {self._name(statement)} has no effect: "
+                    f"{next(iter(winners.values())).origin} sets {next(iter(winners))}. "
+                    f"Write {' or '.join(f'--gin.{name}=VALUE' for name in winners)}."
                 )
 
     def _check_complete(self, call: _Call) -> None:

@@ -2,12 +2,15 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 EXIT_CODE = 130
+_ECHO_SECONDS = 2.0
+"""A launcher such as torchrun passes on the Ctrl-C that the terminal has sent to its processes already."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -21,14 +24,32 @@ class _InterruptedEvaluationError(KeyboardInterrupt):
     """Leaves an evaluation at once; training state is untouched by evaluations."""
 
 
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that unfinished files are cleaned up and the exit code is that of Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 class InterruptGuard:
-    """Notes the first signal instead of dying from it; the second one is a plain KeyboardInterrupt.
+    """Notes the first signal instead of dying from it; a second one, meant as such, is a plain KeyboardInterrupt.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._requested_at = 0.0
         self._immediate = False
         self._previous: dict[int, Any] = {}
 
@@ -54,7 +75,9 @@ class InterruptGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            if time.monotonic() - self._requested_at > _ECHO_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.requested, self._requested_at = True, time.monotonic()
         if self._immediate:
             raise _InterruptedEvaluationError

@@ -22,6 +22,7 @@ from torch.optim import Adagrad, AdamW, Optimizer
 
 from data.schemas import InputError
 from training.checkpoint import CheckpointStore
+from training.checks import require_at_least
 from training.interrupt import InterruptGuard, TrainingInterrupted
 from training.processes import on_main, process_state
 from training.progress import Progress
@@ -90,6 +91,9 @@ class LoopConfig:
         patience: evaluations without improvement after which training stops; None never.
         keep_checkpoints: newest ones that stay on disk.
         max_minutes: budget of training time, earlier parts of a resumed run included; None is unlimited.
+
+    Raises:
+        InputError: for a value out of range, or a precision that this machine lacks.
     """
 
     num_steps: int
@@ -110,16 +114,23 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         counts = "num_steps gradient_accumulation_steps eval_every patience log_every checkpoint_every keep_checkpoints"
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"LoopConfig.{name} expected at least 1, got {value}.")
+        require_at_least(1, "LoopConfig", **{name: getattr(self, name) for name in counts.split()})
+        require_at_least(0, "LoopConfig", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
         for name in ("learning_rate", "max_grad_norm", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"LoopConfig.{name} expected a positive number, got {value}.")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise InputError("LoopConfig.warmup_steps and LoopConfig.weight_decay expected 0 or more.")
+        _check_precision(self.mixed_precision)
+
+
+def _check_precision(mixed_precision: str) -> None:
+    """Accelerate ignores fp16 on the CPU without a word."""
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError(
+            'LoopConfig.mixed_precision = "fp16" needs a CUDA device, this run is on cpu. Use "auto", "no" or "bf16".'
+        )
+    if mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise InputError(f'{torch.cuda.get_device_name()} has no bf16. Use mixed_precision "auto" or "fp16".')
 
 
 @dataclass(frozen=True)
@@ -162,8 +173,7 @@ def run_training(
         progress: True for a progress bar, False for lines, None for a bar on a terminal.
 
     Raises:
-        InputError: for a precision that the hardware lacks, a loss that is not finite, an unusable checkpoint, a full
-            disk.
+        InputError: for a loss that is not finite, an unusable checkpoint, a full disk.
         TrainingInterrupted: after Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     accelerator = _accelerator(config.mixed_precision, wandb_logging)
@@ -177,13 +187,6 @@ def _accelerator(mixed_precision: str, wandb_logging: bool) -> Accelerator:
     device = process_state().device
     if mixed_precision == "auto":
         mixed_precision = "fp16" if device.type == "cuda" else "no"
-    if mixed_precision == "fp16" and device.type != "cuda":
-        raise InputError(
-            f'LoopConfig.mixed_precision = "fp16" needs a CUDA device, this run is on {device.type}. '
-            'Use "auto", "no" or "bf16".'
-        )
-    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise InputError(f'{torch.cuda.get_device_name(device)} has no bf16. Use mixed_precision "auto" or "fp16".')
     AcceleratorState._reset_state()
     GradientState._reset_state()
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision, log_with=tracker_names(wandb_logging))
@@ -209,6 +212,11 @@ class _State:
     best_step: int = 0
     evaluations_without_improvement: int = 0
     seconds: float = 0.0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """What changes whenever there is something new to save."""
+        return self.step, self.evaluated_step
 
 
 @dataclass(frozen=True)
@@ -244,7 +252,7 @@ class _Trainer:
             vars(task.model).pop(name, None)
         self._parameters = list(self._model.parameters())
         self._window = Window(accelerator, overflow_allowed=accelerator.scaler is not None)
-        self._saved_step = 0
+        self._saved = self._state.position
         self._learning_rate = 0.0
 
     def run(self, resume: str | None, bar: bool | None) -> TrainingResult:
@@ -270,12 +278,12 @@ class _Trainer:
         self._model.train()
         self._window.restart_clock()
         while True:
-            finished = self._finished()
-            if state.evaluated_step < state.step and (state.step % config.eval_every == 0 or finished):
+            finished, interrupted = self._finished(), self._agreed(self._guard.requested)
+            due = state.evaluated_step < state.step and (state.step % config.eval_every == 0 or finished)
+            if due and not interrupted:
                 self._aside(self._evaluate)
-                finished = finished or self._finished()
-            interrupted = self._agreed(self._guard.requested)
-            if state.step > self._saved_step and (state.step % config.checkpoint_every == 0 or finished or interrupted):
+                finished, interrupted = finished or self._finished(), self._agreed(self._guard.requested)
+            if state.position != self._saved and (state.step % config.checkpoint_every == 0 or finished or interrupted):
                 self._aside(self._save)
             if interrupted:
                 self._progress.say(f"stopped at step {state.step}; continue with --resume auto")
@@ -396,7 +404,7 @@ class _Trainer:
         }
         progress = {**asdict(self._state), "seconds": self._seconds()}
         on_main(lambda: self._store.save(self._state.step, state, progress))
-        self._saved_step = self._state.step
+        self._saved = self._state.position
 
     def _resume(self, resume: str | None) -> None:
         chosen: list[Path | None] = [None]
@@ -412,7 +420,7 @@ class _Trainer:
         if chosen[0] is not None:
             self._load(chosen[0])
             self._progress.say(f"resumed from {chosen[0]}")
-        self._run.drop_metrics_after(self._state.step)
+        self._run.drop_metrics_after(self._state.step, evaluated_step=self._state.evaluated_step)
         self._progress.start(self._state.step)
 
     def _load(self, checkpoint: Path) -> None:
@@ -436,7 +444,7 @@ class _Trainer:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._window.load_state_dict(state["window"])
         self._state = _State(**progress)
-        self._saved_step = self._state.step
+        self._saved = self._state.position
         restore_random_state(state["random"][index], self._accelerator.device)
 
     def _aside(self, work: Callable[[], None]) -> None:

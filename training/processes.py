@@ -1,12 +1,18 @@
 """The processes of a run: which one this is, and one writer among them."""
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from data.schemas import InputError
+
+_PATIENCE = timedelta(days=1)
+"""How long processes wait for each other: the main one may prepare or evaluate for hours (torch's own is minutes)."""
+
+_alone = False
 
 
 def process_state() -> PartialState:
@@ -15,21 +21,35 @@ def process_state() -> PartialState:
     Without being told so, Accelerate starts no process group on machines without an accelerator: under torchrun each
     process would believe to be alone.
     """
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
 def on_main(action: Callable[[], object]) -> None:
-    """Run an action on the main process while the others wait; an InputError there is raised on all of them."""
+    """Run an action on the main process while the others wait; an InputError there is raised on all of them.
+
+    Inside the action, on_main just runs what it is given: nobody else takes part.
+    """
+    global _alone
     state = process_state()
-    if state.num_processes == 1:
+    if state.num_processes == 1 or _alone:
         action()
         return
     outcome: list[str | None] = [None]
     if state.is_main_process:
+        _alone = True
         try:
             action()
         except InputError as error:
             outcome = [str(error)]
+        finally:
+            _alone = False
     broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise InputError(outcome[0])
+
+
+def leave_together() -> None:
+    """End the process group once every process has come so far; one that leaves early breaks the others' calls."""
+    state = process_state()
+    state.wait_for_everyone()
+    state.destroy_process_group()

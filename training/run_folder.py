@@ -5,6 +5,7 @@ operative_config.gin   every parameter in use, with its origin
 env.json               versions, commit, hardware, seed, data; marks the folder as a run
 metrics.jsonl          one object per logged step
 metrics.json           final metrics
+ranks_*.safetensors    every user's rank, of runs that rank
 checkpoints/           see checkpoint.py
 model/                 the artifact
 report/                plots
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from data.files import disk_problem, replace_file
 from data.schemas import InputError
@@ -74,10 +76,14 @@ class RunFolder:
         """Create the folder of a new run, or reopen that of a run to be continued.
 
         Raises:
-            InputError: if the folder holds a run and neither `resume` nor `overwrite` allows touching it, if it holds
-                files of those names that no run wrote, if the run to continue used other data, or if the folder
-                cannot be written.
+            InputError: if the folder holds a run that got anywhere and neither `resume` nor `overwrite` allows touching
+                it, if it holds files of those names that no run wrote, if another program is running in it, if the run
+                to continue used other data, if the folder cannot be written, or for an impossible seed.
         """
+        if not 0 <= seed < 2**31:
+            raise InputError(f"train.seed expected 0 to {2**31 - 1}, got {seed}.")
+        if not str(root).strip():
+            raise InputError("train.save_dir_root is empty. Name a folder for the run.")
         run = cls(Path(root), options)
         on_main(lambda: run._prepare(seed, data_manifest_hash))
         return run
@@ -92,12 +98,15 @@ class RunFolder:
         """What env.json says: versions, commit, hardware, seed, data manifest hash."""
         return _read_environment(self.root / "env.json") or {}
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget what was logged after a step: a resumed run logs it again."""
+    def drop_metrics_after(self, step: int, *, evaluated_step: int) -> None:
+        """Forget the steps and evaluations logged after these: a resumed run logs them again."""
         if process_state().is_main_process and self.metrics_log.is_file():
-            lines = self.metrics_log.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if (logged := _step_of(line)) is not None and logged <= step]
-            replace_file(self.metrics_log, "".join(f"{line}\n" for line in kept))
+            kept = ""
+            for line in self.metrics_log.read_text(encoding="utf-8").splitlines():
+                last = step if '"train/' in line else evaluated_step
+                if (logged := _step_of(line)) is not None and logged <= last:
+                    kept += f"{line}\n"
+            replace_file(self.metrics_log, kept)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the final metrics.json; numbers that are not finite become null."""
@@ -106,15 +115,18 @@ class RunFolder:
 
     def _prepare(self, seed: int, data_manifest_hash: str | None) -> None:
         try:
-            self._claim(data_manifest_hash)
+            replaces = self._claim(data_manifest_hash)
             self.root.mkdir(parents=True, exist_ok=True)
-            for folder in (self.checkpoints, self.report):
-                folder.mkdir(exist_ok=True)
+            self._lock()
+            if replaces:
+                self._remove_run()
+            environment = _environment(self.options.command, seed, data_manifest_hash)
+            replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n")
             if self.options.config_text:
                 replace_file(self.root / "config.gin", self.options.config_text)
                 replace_file(self.root / "operative_config.gin", self.options.operative_config)
-            environment = _environment(self.options.command, seed, data_manifest_hash)
-            replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n")
+            for folder in (self.checkpoints, self.report):
+                folder.mkdir(exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(
                 f"train.save_dir_root = {str(self.root)!r} cannot be a folder: {error.filename}: "
@@ -128,10 +140,21 @@ class RunFolder:
                 f"cannot write the run folder {self.root}: {problem}. Set train.save_dir_root to a writable folder."
             ) from error
 
-    def _claim(self, data_manifest_hash: str | None) -> None:
+    def _lock(self) -> None:
+        """Keep other programs out of the folder until this one ends, however it ends."""
+        try:
+            self._held = FileLock(self.root / ".lock", is_singleton=True).acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another program is training in {self.root}. Wait for it, stop it, or set train.save_dir_root to "
+                "another folder."
+            ) from None
+
+    def _claim(self, data_manifest_hash: str | None) -> bool:
+        """Whether what the folder holds is to be removed; InputError where this run may not have the folder."""
         present = [name for name in (*_FILES, *_FOLDERS) if (self.root / name).exists()]
         if not present:
-            return
+            return False
         previous = _read_environment(self.root / "env.json")
         if previous is None:
             raise InputError(
@@ -140,13 +163,18 @@ class RunFolder:
             )
         if self._continues():
             self._check_same_data(previous, data_manifest_hash)
-        elif self.options.overwrite:
-            self._remove_run()
-        else:
+            return False
+        if self._got_anywhere() and not self.options.overwrite:
             raise InputError(
                 f"{self.root} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
                 "or set train.save_dir_root to another folder."
             )
+        return True
+
+    def _got_anywhere(self) -> bool:
+        """Whether there is anything to lose; a run that was refused while it started leaves nothing behind."""
+        results = [self.metrics_log, self.root / "metrics.json", self.model, *self.checkpoints.glob("step_*")]
+        return any(path.exists() for path in results)
 
     def _continues(self) -> bool:
         """Whether this run goes on in its own folder, rather than starting from another run's checkpoint."""
@@ -162,9 +190,10 @@ class RunFolder:
             )
 
     def _remove_run(self) -> None:
-        """Remove what a run writes; anything else in the folder stays."""
-        for name in _FILES:
-            (self.root / name).unlink(missing_ok=True)
+        """Remove what a run writes, but env.json, which marks the folder as a run's; anything else in it stays."""
+        for path in (*(self.root / name for name in _FILES), *self.root.glob("ranks_*.safetensors")):
+            if path.name != "env.json":
+                path.unlink(missing_ok=True)
         if self.model.is_dir():
             shutil.rmtree(self.model)
         for pattern in ("*.png", "*.html"):

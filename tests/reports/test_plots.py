@@ -48,6 +48,11 @@ def test_levels_and_slices_share_a_panel_and_bounds_are_not_drawn(tmp_path):
     assert size_of(double)[0] == 2 * size_of(single)[0]
 
 
+def test_a_loss_of_each_level_is_a_loss_and_the_size_of_a_slice_no_metric(tmp_path):
+    log = write_log(tmp_path / "metrics.jsonl", [{"step": 1, "train/loss_level_0": 2.0, "g/valid/all/count": 9}])
+    assert [path.name for path in plot_run(log, tmp_path / "report")] == ["loss.png"]
+
+
 def test_a_missing_log(tmp_path):
     with pytest.raises(InputError, match=r"none.jsonl does not exist; give the metrics.jsonl of a run folder"):
         plot_run(tmp_path / "none.jsonl", tmp_path)

@@ -164,3 +164,11 @@ def test_training_goes_on_from_the_whole_checkpoint_after_damage(tmp_path, capsy
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [5, 10, 10, 15, 20, 20]
+
+
+def test_resuming_leaves_no_second_name_of_the_best_weights(tmp_path):
+    """Replacing a hard link by another one of the same file does nothing, and keeps both names."""
+    train_tiny(tmp_path, LinearTask())
+    (tmp_path / "checkpoints/.best.safetensors.tmp").write_bytes(b"cut short by a crash")
+    train_tiny(tmp_path, LinearTask(), resume="auto")
+    assert names(tmp_path / "checkpoints") == ["best.safetensors", *(f"step_{step:08d}" for step in (5, 10, 15, 20))]

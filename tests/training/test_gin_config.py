@@ -282,6 +282,16 @@ def test_settings_of_something_nobody_refers_to(load):
     )
 
 
+def test_an_override_that_scoped_values_hide(load):
+    text = "train.outer = @big/Outer()\ntrain.other = @small/Outer()\nbig/Outer.rate = 1.0\nsmall/Outer.rate = 2.0"
+    assert refused(load, text, "Outer.rate=3.0") == (
+        "command line: Outer.rate has no effect: c.gin:3 sets big/Outer.rate. "
+        "Write --gin.big/Outer.rate=VALUE or --gin.small/Outer.rate=VALUE."
+    )
+    load("train.outer = @big/Outer()\ntrain.other = @small/Outer()\nbig/Outer.rate = 1.0", "Outer.rate=3.0")
+    assert (values()["outer"].rate, values()["other"].rate) == (1.0, 3.0)
+
+
 def test_undefined_and_unused_macros(load):
     assert refused(load, "sede = 3\ntrain.seed = %seed\ntrain.text = %sede") == (
         "c.gin:2: train.seed uses %seed, which is not defined. Did you mean %sede? Define it: seed = VALUE."

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.training.script_tiny import train
-from training.cli import main
+from training.cli import main, run_cli
+from training.interrupt import InterruptGuard
 
 ROOT = "--gin.train.save_dir_root"
 CONFIG = """
@@ -106,3 +108,38 @@ def test_the_second_signal_leaves_at_once(script):
     error = process.communicate(timeout=20)[1]
     assert process.returncode == 130
     assert error.splitlines()[-1] == "interrupted"
+
+
+def test_the_echo_of_a_signal_is_not_a_second_one(monkeypatch):
+    """Under torchrun, Ctrl-C reaches a process twice: from the terminal and from the launcher."""
+    with InterruptGuard() as guard:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            pytest.fail("the echo counted")
+        assert guard.requested
+        later = time.monotonic() + 10
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_outside_the_loop_sigterm_cleans_up_and_leaves_with_code_130(capsys):
+    cleaned = []
+
+    def command(argv):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rather than the end of pytest, if the fault comes back
+    try:
+        assert run_cli(command, []) == 130
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert cleaned
+    assert capsys.readouterr().err == "interrupted\n"

@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import time
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from data.schemas import InputError
 from tests.training.tiny import LinearTask, loop_config, train_tiny, weights
 from training.interrupt import TrainingInterrupted
-from training.loop import run_training
+from training.loop import LoopConfig, run_training
 from training.run_folder import RunFolder, RunOptions
 
 
@@ -257,7 +258,7 @@ def test_fp16_is_the_default_on_cuda(tmp_path):
         ({"patience": 0}, "LoopConfig.patience expected at least 1, got 0"),
         ({"learning_rate": -1.0}, "LoopConfig.learning_rate expected a positive number, got -1.0"),
         ({"max_minutes": math.inf}, "LoopConfig.max_minutes expected a positive number, got inf"),
-        ({"warmup_steps": -1}, "expected 0 or more"),
+        ({"warmup_steps": -1}, "warmup_steps expected at least 0, got -1"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
@@ -302,3 +303,46 @@ def test_plain_lines_when_stderr_is_no_terminal(tmp_path, capsys):
     assert " examples/s " in lines[0]
     assert lines[0].endswith(" left")
     assert any(line.startswith("step 10: valid/error ") and line.endswith("(best so far)") for line in lines)
+
+
+class SignalledTask(LinearTask):
+    """Asks for an end in the last step before an evaluation, as Ctrl-C would."""
+
+    def batch(self, step):
+        if step == 19:
+            signal.raise_signal(signal.SIGINT)
+        return super().batch(step)
+
+
+def test_a_signal_before_an_evaluation_does_not_wait_for_it(tmp_path):
+    task = SignalledTask()
+    with pytest.raises(TrainingInterrupted):
+        train_tiny(tmp_path, task)
+    assert task.evaluated == [10]
+
+
+class SignalledEvaluationTask(LinearTask):
+    """Asks for an end within the last evaluation."""
+
+    def evaluate(self, model):
+        if self.last_step == 19:
+            signal.raise_signal(signal.SIGINT)
+        return super().evaluate(model)
+
+
+@pytest.mark.parametrize("interrupted", [SignalledTask, SignalledEvaluationTask])
+def test_every_step_is_logged_once_however_often_the_run_is_resumed(tmp_path, interrupted):
+    train_tiny(tmp_path / "whole", LinearTask())
+    with pytest.raises(TrainingInterrupted):
+        train_tiny(tmp_path / "cut", interrupted())
+    for _ in range(3):
+        task = LinearTask()
+        train_tiny(tmp_path / "cut", task, resume="auto")
+        assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert task.evaluated == []
+
+
+def test_fp16_on_cpu_is_refused_before_anything_is_prepared(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r'LoopConfig.mixed_precision = "fp16" needs a CUDA device'):
+        LoopConfig(num_steps=1, learning_rate=0.1, mixed_precision="fp16")

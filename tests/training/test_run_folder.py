@@ -1,10 +1,15 @@
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from data.schemas import InputError
+from training import run_folder
 from training.run_folder import RunFolder, RunOptions
 
 OPTIONS = RunOptions(config_text="train.seed = 1\n", operative_config="train.seed = 1  # x\n", command="python x.py")
@@ -133,5 +138,63 @@ def test_drop_metrics_after_a_step_also_drops_a_line_cut_short(tmp_path):
         run.append_metrics({"step": step})
     with run.metrics_log.open("a") as file:
         file.write('{"step": 2, "los')
-    run.drop_metrics_after(2)
+    run.drop_metrics_after(2, evaluated_step=2)
     assert run.metrics_log.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_run_that_was_refused_while_it_started_does_not_block_the_next(tmp_path):
+    start(tmp_path)
+    run = start(tmp_path, config_text="b = 2\n")
+    assert (run.root / "config.gin").read_text() == "b = 2\n"
+
+
+@pytest.mark.parametrize("name", ["config.gin", "metrics.json", "model"])
+def test_a_crash_while_starting_or_replacing_leaves_a_folder_that_can_be_used_again(tmp_path, monkeypatch, name):
+    finished_run(tmp_path)
+
+    def crashing(function):
+        def crash(path, *arguments, **keywords):
+            if os.path.basename(path) == name:
+                raise KeyboardInterrupt
+            return function(path, *arguments, **keywords)
+
+        return crash
+
+    for owner, function in ((run_folder, "replace_file"), (Path, "unlink"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, function, crashing(getattr(owner, function)))
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, overwrite=True)
+    monkeypatch.undo()
+    assert start(tmp_path, overwrite=True).environment()["seed"] == 7
+
+
+def test_overwrite_removes_the_ranks_of_the_earlier_run(tmp_path):
+    finished_run(tmp_path)
+    (tmp_path / "ranks_test.safetensors").write_bytes(b"old")
+    start(tmp_path, overwrite=True)
+    assert not (tmp_path / "ranks_test.safetensors").exists()
+
+
+def test_two_programs_never_train_in_one_folder(tmp_path):
+    start(tmp_path)
+    start(tmp_path, resume="auto")  # the same program may
+    code = (
+        "from training.run_folder import RunFolder, RunOptions\n"
+        f"RunFolder.open({str(tmp_path)!r}, RunOptions(resume='auto'), seed=7, data_manifest_hash='abc')"
+    )
+    run = start(tmp_path, resume="auto")
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"InputError: another program is training in {run.root}." in other.stderr
+
+
+@pytest.mark.parametrize("root", ["", " "])
+def test_an_empty_name_is_not_the_working_directory(root):
+    with pytest.raises(InputError, match=r"train.save_dir_root is empty"):
+        start(root)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_an_impossible_seed(tmp_path, seed):
+    with pytest.raises(InputError, match=rf"train.seed expected 0 to 2147483647, got {seed}"):
+        RunFolder.open(tmp_path / "run", OPTIONS, seed=seed)
+    assert not (tmp_path / "run").exists()
