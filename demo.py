@@ -20,7 +20,6 @@ from data.schemas import Catalogue, Ranges
 from data.sources.demo import OracleRanker
 from data.sources.demo_world import DemoWorld
 from evaluate import EvaluationProtocol
-from evaluation.ranker import unseen_items
 from evaluation.table import format_metrics
 from modules.artifact import ModelArtifact, load_model_artifact
 from training.cli import main as train_main
@@ -94,8 +93,7 @@ def show_metrics(protocol: EvaluationProtocol, artifact: ModelArtifact) -> None:
     seed = artifact.manifest["dataset"]["seed"]
     oracle = OracleRanker(DemoWorld(seed), protocol.dataset.catalogue)
     stored = json.loads((RUN / "metrics.json").read_text(encoding="utf-8"))
-    metrics = {key: value for key, value in stored.items() if "/test/" in key}
-    metrics |= protocol.evaluate([oracle], "test")
+    metrics = {key: value for key, value in (stored | protocol.evaluate([oracle], "test")).items() if shown(key)}
     heading(f"Test metrics, 95% intervals; {protocol.describe()}. The oracle knows the shop's own probabilities")
     print(format_metrics(metrics, split="test"))
     recall = {
@@ -106,6 +104,11 @@ def show_metrics(protocol: EvaluationProtocol, artifact: ModelArtifact) -> None:
         f"{recall['generative'] / recall['item_knn']:.2f} times ItemKNN, "
         f"{recall['generative'] / recall['oracle']:.0%} of the oracle"
     )
+
+
+def shown(key: str) -> bool:
+    """Whether the demo's short table has this metric."""
+    return "/test/" in key and key.rsplit("/", 1)[1].startswith(("count", "recall@10", "ndcg@10"))
 
 
 def show_recommendations(protocol: EvaluationProtocol, artifact: ModelArtifact) -> None:
@@ -119,7 +122,7 @@ def show_recommendations(protocol: EvaluationProtocol, artifact: ModelArtifact) 
         protocol.dataset.histories, few, max_history=protocol.max_history, batch_size=NUM_SHOPPERS
     )
     assert batch.targets is not None
-    allowed = unseen_items(batch, len(catalogue)) if protocol.exclude_seen else None
+    allowed = batch.unseen(len(catalogue)) if protocol.exclude_seen else None
     ranked, _ = artifact.make_ranker().rank(batch, 10, allowed)
     bounds = batch.offsets.tolist()
     for shopper, target in enumerate(batch.targets.tolist()):
@@ -127,7 +130,8 @@ def show_recommendations(protocol: EvaluationProtocol, artifact: ModelArtifact) 
         print(f"\nshopper {shopper + 1} bought")
         print_items(catalogue, history[-5:])
         print(
-            "  recommended" + ("" if target in ranked[shopper] else f"; really next: {catalogue.display_name(target)}")
+            "  recommended"
+            + ("" if target in ranked[shopper, :5] else f"; really next: {catalogue.display_name(target)}")
         )
         print_items(catalogue, ranked[shopper, :5].tolist(), target)
 

@@ -129,7 +129,7 @@ def train(
     require_at_least(1, "train_decoder.train", **counts, max_valid_users=max_valid_users)
     prepared = load_dataset(dataset)
     run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
-    semantic_ids = load_tokenizer(tokenizer, prepared, features, options)
+    semantic_ids = load_tokenizer(tokenizer, prepared, features, options, save_dir_root)
     protocol = EvaluationProtocol.of(prepared, dataset.split, max_history=max_history, exclude_seen=exclude_seen)
 
     torch.manual_seed(seed)
@@ -171,7 +171,7 @@ def train(
 
 
 def load_tokenizer(
-    path: str | None, prepared: PreparedDataset, features: FeatureConfig | None, options: RunOptions
+    path: str | None, prepared: PreparedDataset, features: FeatureConfig | None, options: RunOptions, reuse_for: str
 ) -> SemanticIdTokenizer:
     """The tokenizer at a path or Hub id, or of the included RQ-VAE config, checked against the data set.
 
@@ -179,8 +179,8 @@ def load_tokenizer(
         InputError: if there is none, or its items are not those of the data set.
     """
     if path is None:
-        reuse = replace(options, resume="auto", overwrite=False)
-        tokenizer = SemanticIdTokenizer.from_pretrained(train_rqvae.train(options=reuse, reuse=True))
+        going_on = replace(options, resume="auto", overwrite=False)
+        tokenizer = SemanticIdTokenizer.from_pretrained(train_rqvae.train(options=going_on, reuse_for=reuse_for))
     elif is_legacy(path):
         tokenizer = _tokenizer_of_legacy(path, prepared, features)
     else:

@@ -126,7 +126,7 @@ def train(
     min_codebook_use: float = 0.2,
     seed: int = 0,
     wandb_logging: bool = False,
-    reuse: bool = False,
+    reuse_for: str | None = None,
 ) -> Path:
     """Train an RQ-VAE on the items of a data set and freeze it as a tokenizer.
 
@@ -144,7 +144,8 @@ def train(
         min_codebook_use: share of its codes that every level must use; below it the run stops with an error.
         seed: of weights, k-means, batches and noise.
         wandb_logging: also log to W&B.
-        reuse: return the artifact of a finished run with these settings instead of training again.
+        reuse_for: run folder of the training that needs the tokenizer: the artifact of a finished run with these
+            settings is returned instead of training again.
 
     Returns:
         Folder of the tokenizer artifact.
@@ -153,7 +154,13 @@ def train(
         InputError: for bad input, a collapsed codebook, or a folder that holds another run.
     """
     _check_settings(batch_size, pretrain_steps, kmeans_rows, temperature, min_codebook_use)
+    artifact = Path(save_dir_root) / "model"
+    if reuse_for is not None and Path(reuse_for).resolve() == Path(save_dir_root).resolve():
+        raise InputError(f"both stages have save_dir_root = {save_dir_root!r}. Give each a folder of its own.")
+    finished = reuse_for is not None and (artifact / "manifest.json").is_file()
     prepared = load_dataset(dataset)
+    if not finished:  # before the features are encoded, which may take long
+        run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
     item_features = load_item_features(prepared, features)
     settings = _settings_hash(
         data=prepared.manifest_hash,
@@ -162,9 +169,9 @@ def train(
         loop=asdict(loop),
         training=[batch_size, pretrain_steps, kmeans_rows, temperature, seed],
     )
-    if reuse and _holds_tokenizer(Path(save_dir_root) / "model", settings):
-        return Path(save_dir_root) / "model"
-    run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
+    if finished:
+        _check_settings_of(artifact, settings)
+        return artifact
 
     torch.manual_seed(seed)
     rqvae = RqVae(model)
@@ -227,18 +234,15 @@ def _settings_hash(**settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _holds_tokenizer(folder: Path, settings: str) -> bool:
-    """Whether a finished run left a tokenizer there; InputError if it was trained with other settings."""
-    if not (folder / "manifest.json").is_file():
-        return False
-    provenance = SemanticIdTokenizer.from_pretrained(folder).manifest.get("provenance", {})
-    if provenance.get("settings_hash") == settings:
-        return True
-    raise InputError(
-        f"{folder} holds a tokenizer that was trained with other data or settings. Set "
-        "train_rqvae.train.save_dir_root to another folder, train it again with train_rqvae.py --overwrite, "
-        "or name the tokenizer to use in train_decoder.train.tokenizer."
-    )
+def _check_settings_of(artifact: Path, settings: str) -> None:
+    """InputError if the tokenizer there was trained with other settings."""
+    provenance = SemanticIdTokenizer.from_pretrained(artifact).manifest.get("provenance", {})
+    if provenance.get("settings_hash") != settings:
+        raise InputError(
+            f"{artifact} holds a tokenizer that was trained with other data or settings. Set "
+            "train_rqvae.train.save_dir_root to another folder, train it again with train_rqvae.py --overwrite, "
+            "or name the tokenizer to use in train_decoder.train.tokenizer."
+        )
 
 
 def _announce(tokenizer: SemanticIdTokenizer, metrics: dict[str, float], run: RunFolder) -> None:

@@ -7,6 +7,7 @@ the items of the batch's history, which holds the last `max_history` items of th
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,3 +175,6 @@ def save_ranks(path: Path, evaluations: Sequence[Evaluation]) -> None:
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: the ranks could not be written ({error}). Choose a writable folder.") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()

@@ -177,7 +177,7 @@ def test_a_disk_that_fails_is_one_line(run_folder, tmp_path, monkeypatch, capsys
 
 
 def test_the_user_of_a_line_reaches_the_model(run_folder, lines, capsys):
-    """A number means the same as its text, and the model has seven user tokens."""
+    """A number means the same as its text; of the seven user tokens one is for unknown users."""
 
     def scores(*users):
         path = lines(*(json.dumps({"user": user, "history": ["item-1", "item-2"]}) + "\n" for user in users))
@@ -187,7 +187,7 @@ def test_the_user_of_a_line_reaches_the_model(run_folder, lines, capsys):
     by_number, by_text, without = scores(7, "7", None)
     assert by_number == pytest.approx(by_text)
     assert by_number != pytest.approx(without)
-    assert len({tuple(np.round(row, 4)) for row in scores(*(f"u{user}" for user in range(40)))}) == 7
+    assert len({tuple(np.round(row, 4)) for row in scores(*(f"u{user}" for user in range(40)))}) == 6
 
 
 def test_no_artifact(tmp_path, capsys):

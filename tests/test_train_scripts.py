@@ -15,7 +15,7 @@ from data.schemas import InputError
 from modules.artifact import load_model_artifact
 from modules.recommender import Recommender
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
-from training.cli import main
+from training.cli import RunOptions, main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "configs" / "demo"
@@ -126,6 +126,13 @@ def test_a_second_run_into_the_folder_is_refused(folder, capsys):
     assert (folder / "decoder" / "metrics.json").read_text() == before
 
 
+def test_one_folder_for_both_stages_is_refused(tmp_path, capsys):
+    place = f"train_decoder.train.save_dir_root={tmp_path / 'rqvae'}"
+    config = [str(CONFIGS / "decoder.gin"), *overrides(tmp_path, *TINY_DECODER, place)]
+    assert main(train_decoder.train, "train_decoder", config) == 2
+    assert "Give each a folder of its own" in capsys.readouterr().err
+
+
 def test_a_wrong_input_dim_is_refused_before_training(tmp_path, capsys):
     arguments = [str(CONFIGS / "rqvae.gin"), *overrides(tmp_path, "RqVaeConfig.input_dim=64")]
     assert main(train_rqvae.train, "train_rqvae", arguments) == 2
@@ -163,7 +170,7 @@ def test_a_legacy_tokenizer_needs_features(folder, monkeypatch):
     prepared = type("Prepared", (), {"catalogue": None})()
     monkeypatch.setattr(train_decoder, "is_legacy", lambda path: True)
     with pytest.raises(InputError, match=r"train_decoder\.train\.features"):
-        train_decoder.load_tokenizer("old/rqvae", prepared, None, None)
+        train_decoder.load_tokenizer("old/rqvae", prepared, None, RunOptions(), "runs/decoder")
 
 
 @pytest.mark.slow

@@ -264,9 +264,10 @@ class _Config:
         for leaf in leaves(statement.value):
             if isinstance(leaf, Macro) and leaf.name not in self._macros:
                 names = [*self._macros, *registry.constant_names()]
+                fix = _siblings(leaf.name) or f"Define it: {leaf.name} = VALUE."
                 raise InputError(
                     f"{statement.origin}: {self._name(statement)} uses %{leaf.name}, which is not defined."
-                    f"{closest(leaf.name, names, prefix='%')} Define it: {leaf.name} = VALUE."
+                    f"{closest(leaf.name, names, prefix='%')} {fix}"
                 )
 
     def _expand(self, statement: Statement, parents: tuple[str, ...] = ()) -> Any:
@@ -394,3 +395,10 @@ class _Config:
                 for statement in self._all:
                     if statement.is_macro and statement.selector == leaf.name:
                         yield from self._every_leaf(statement.value, (*parents, leaf.name))
+
+
+def _siblings(name: str) -> str:
+    """The members of the enumeration that a name such as RecDataset.AMAZONE seems to mean."""
+    enumeration, dot, _ = name.rpartition(".")
+    members = [known for known in registry.constant_names() if dot and known.rpartition(".")[0].endswith(enumeration)]
+    return f"Valid: {', '.join(f'%{member}' for member in members)}." if members else ""
