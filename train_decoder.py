@@ -130,6 +130,7 @@ def train(
     prepared = load_dataset(dataset)
     run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
     semantic_ids = load_tokenizer(tokenizer, prepared, features, options, save_dir_root)
+    run.require_same(tokenizer=semantic_ids.content_hash)
     protocol = EvaluationProtocol.of(prepared, dataset.split, max_history=max_history, exclude_seen=exclude_seen)
 
     torch.manual_seed(seed)

@@ -440,12 +440,22 @@ class _Trainer:
                 "or start again with --overwrite."
             ) from error
         self._scheduler.load_state_dict(state["scheduler"])
+        self._impose_config()
         if self._accelerator.scaler and state["scaler"]:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._window.load_state_dict(state["window"])
         self._state = _State(**progress)
         self._saved = self._state.position
         restore_random_state(state["random"][index], self._accelerator.device)
+
+    def _impose_config(self) -> None:
+        """Rate and weight decay as the config says now; the loaded states hold those of the interrupted run."""
+        rate = self._config.learning_rate
+        self._scheduler.base_lrs = [rate for _ in self._scheduler.base_lrs]
+        for group, factor in zip(self._optimizer.param_groups, self._scheduler.lr_lambdas, strict=True):
+            group["weight_decay"] = self._config.weight_decay
+            group["initial_lr"] = rate
+            group["lr"] = rate * factor(self._scheduler.last_epoch)
 
     def _aside(self, work: Callable[[], None]) -> None:
         """Do something whose time does not count as time of steps."""

@@ -98,6 +98,22 @@ class RunFolder:
         """What env.json says: versions, commit, hardware, seed, data manifest hash."""
         return _read_environment(self.root / "env.json") or {}
 
+    def require_same(self, **inputs: str) -> None:
+        """Note what the weights depend on besides the data, such as a tokenizer's hash, in env.json.
+
+        Raises:
+            InputError: if this run goes on and had another such input before.
+        """
+        environment = self.environment()
+        for name, value in inputs.items():
+            before = environment["inputs"].setdefault(name, value)
+            if before != value:
+                raise InputError(
+                    f"the run in {self.root} was trained with another {name} ({before[:12]}, now {value[:12]}). "
+                    "Resume with the one it had, or start a new run elsewhere."
+                )
+        on_main(lambda: replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n"))
+
     def drop_metrics_after(self, step: int, *, evaluated_step: int) -> None:
         """Forget the steps and evaluations logged after these: a resumed run logs them again."""
         if process_state().is_main_process and self.metrics_log.is_file():
@@ -120,7 +136,8 @@ class RunFolder:
             self._lock()
             if replaces:
                 self._remove_run()
-            environment = _environment(self.options.command, seed, data_manifest_hash)
+            inputs = self.environment().get("inputs", {}) if self._continues() else {}
+            environment = _environment(self.options.command, seed, data_manifest_hash) | {"inputs": inputs}
             replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n")
             if self.options.config_text:
                 replace_file(self.root / "config.gin", self.options.config_text)

@@ -106,6 +106,16 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     torch.testing.assert_close(weights(again), weights(task), rtol=0, atol=0)
 
 
+def test_a_resumed_run_takes_rate_and_weight_decay_of_its_config(tmp_path):
+    train_tiny(tmp_path / "run", LinearTask(), num_steps=10, weight_decay=0.5)
+    train_tiny(tmp_path / "run", LinearTask(), resume="auto", num_steps=20, learning_rate=0.002, weight_decay=0.1)
+    key = "train/learning_rate"
+    rates = {record["step"]: record[key] for record in logged(tmp_path / "run") if key in record}
+    assert (rates[10], rates[15], rates[20]) == (0.01, 0.002, 0.002)
+    state = torch.load(tmp_path / "run/checkpoints/step_00000020/state.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
+
+
 def test_accumulation_equals_one_large_batch(tmp_path):
     class Halves(LinearTask):
         def batch(self, step):

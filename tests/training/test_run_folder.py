@@ -198,3 +198,15 @@ def test_an_impossible_seed(tmp_path, seed):
     with pytest.raises(InputError, match=rf"train.seed expected 0 to 2147483647, got {seed}"):
         RunFolder.open(tmp_path / "run", OPTIONS, seed=seed)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_must_have_the_inputs_it_had(tmp_path):
+    RunFolder.open(tmp_path / "run", RunOptions(), seed=0).require_same(tokenizer="abc")
+    again = RunFolder.open(tmp_path / "run", RunOptions(resume="auto"), seed=0)
+    again.require_same(tokenizer="abc")
+    assert again.environment()["inputs"] == {"tokenizer": "abc"}
+    with pytest.raises(InputError, match="trained with another tokenizer"):
+        again.require_same(tokenizer="xyz")
+    fresh = RunFolder.open(tmp_path / "run", RunOptions(overwrite=True), seed=0)
+    fresh.require_same(tokenizer="xyz")
+    assert fresh.environment()["inputs"] == {"tokenizer": "xyz"}
