@@ -33,7 +33,8 @@ from reports.plots import plot_run
 from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
-from training.loop import LoopConfig, TrainingResult, run_training
+from training.loop import TrainingResult, run_training
+from training.loop_config import LoopConfig
 from training.processes import on_main, process_state
 from training.run_folder import RunFolder, RunOptions
 

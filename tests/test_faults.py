@@ -40,7 +40,8 @@ from modules.tokenizer.collisions import dedup_codes
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from training import cli
 from training.gin_syntax import ConfigReader, Macro
-from training.loop import LoopConfig, run_training
+from training.loop import run_training
+from training.loop_config import LoopConfig
 from training.run_folder import RunFolder, RunOptions
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -71,7 +71,7 @@ from pathlib import Path
 import train_decoder
 from modules.model import RetrievalModelConfig
 from tests.tiny_dataset import MODEL_SIZES, walks
-from training.loop import LoopConfig
+from training.loop_config import LoopConfig
 from training.run_folder import RunOptions
 folder = Path({folder!r})
 train_decoder.train(

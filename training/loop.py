@@ -11,126 +11,27 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adagrad, AdamW, Optimizer
 
 from data.schemas import InputError
 from training.checkpoint import CheckpointStore
-from training.checks import require_at_least
 from training.interrupt import InterruptGuard, TrainingInterrupted
+from training.loop_config import LoopConfig
 from training.processes import on_main, process_state
 from training.progress import Progress
 from training.random_state import random_state, restore_random_state
 from training.run_folder import RunFolder
-from training.schedules import ScheduleName, build_scheduler
+from training.schedules import build_scheduler
+from training.task import Task
 from training.trackers import MetricsLog, tracker_names
 from training.window import Window
-
-
-class Batch(Protocol):
-    """Anything with a number of examples that can move to a device: a tensor, a SeqBatch."""
-
-    def __len__(self) -> int: ...
-
-    def to(self, device: torch.device, /) -> Any:
-        """The same batch on a device."""
-        ...
-
-
-class Task(Protocol):
-    """What the loop needs to know of a system.
-
-    Attributes:
-        model: trained in place; after training it holds the best weights.
-        selection_metric: key of `evaluate`'s result that chooses the best weights.
-        higher_is_better: whether more of it is better.
-    """
-
-    model: nn.Module
-    selection_metric: str
-    higher_is_better: bool
-
-    def batch(self, step: int) -> Batch:
-        """Batch number `step` of this process, a pure function of (seed, step, process).
-
-        Batches are counted over the whole training: with accumulation over A batches, optimizer step s takes the
-        batches A * s to A * s + A - 1.
-        """
-        ...
-
-    def loss(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
-        """Scalars by name; "loss" is optimised, the rest is logged. `step` counts optimizer steps.
-
-        `model` may be wrapped for several processes: call it, and read attributes from the task's own.
-        """
-        ...
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Validation metrics, never test. The model is unwrapped and in eval mode, gradients are off."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """How to train.
-
-    Attributes:
-        num_steps: optimizer steps.
-        gradient_accumulation_steps: batches per optimizer step; their mean loss counts.
-        learning_rate: after warm-up, before decay.
-        schedule: see schedules.py.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
-        mixed_precision: "auto" is fp16 on CUDA and none elsewhere; fp16 needs CUDA.
-        eval_every, checkpoint_every, log_every: steps.
-        patience: evaluations without improvement after which training stops; None never.
-        keep_checkpoints: newest ones that stay on disk.
-        max_minutes: budget of training time, earlier parts of a resumed run included; None is unlimited.
-
-    Raises:
-        InputError: for a value out of range, or a precision that this machine lacks.
-    """
-
-    num_steps: int
-    learning_rate: float
-    gradient_accumulation_steps: int = 1
-    optimizer: Literal["adamw", "adagrad"] = "adamw"
-    weight_decay: float = 0.0
-    schedule: ScheduleName = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float | None = 1.0
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    eval_every: int = 1000
-    patience: int | None = None
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    max_minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        counts = "num_steps gradient_accumulation_steps eval_every patience log_every checkpoint_every keep_checkpoints"
-        require_at_least(1, "LoopConfig", **{name: getattr(self, name) for name in counts.split()})
-        require_at_least(0, "LoopConfig", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
-        for name in ("learning_rate", "max_grad_norm", "max_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"LoopConfig.{name} expected a positive number, got {value}.")
-        _check_precision(self.mixed_precision)
-
-
-def _check_precision(mixed_precision: str) -> None:
-    """Accelerate ignores fp16 on the CPU without a word."""
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError(
-            'LoopConfig.mixed_precision = "fp16" needs a CUDA device, this run is on cpu. Use "auto", "no" or "bf16".'
-        )
-    if mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise InputError(f'{torch.cuda.get_device_name()} has no bf16. Use mixed_precision "auto" or "fp16".')
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import gin
 from tests.training.tiny import LinearTask
 from training.cli import main
 from training.gin_config import register
-from training.loop import LoopConfig, run_training
+from training.loop import run_training
+from training.loop_config import LoopConfig
 from training.run_folder import RunFolder, RunOptions
 
 register(LoopConfig)

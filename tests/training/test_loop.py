@@ -9,7 +9,8 @@ import torch
 from data.schemas import InputError
 from tests.training.tiny import LinearTask, loop_config, train_tiny, weights
 from training.interrupt import TrainingInterrupted
-from training.loop import LoopConfig, run_training
+from training.loop import run_training
+from training.loop_config import LoopConfig
 from training.run_folder import RunFolder, RunOptions
 
 

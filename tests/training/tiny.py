@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.loop import LoopConfig, TrainingResult, run_training
+from training.loop import TrainingResult, run_training
+from training.loop_config import LoopConfig
 from training.run_folder import RunFolder, RunOptions
 
 
