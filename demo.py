@@ -1,6 +1,6 @@
 """The whole path on a generated shop, offline: train a tokenizer and a retrieval model, evaluate, recommend.
 
-    python demo.py                # about three minutes on two CPU cores; a second call reuses what is there
+    python demo.py                # under three minutes on two CPU cores; a second call reuses what is there
     python demo.py --overwrite    # from the beginning
 
 An interrupted demo goes on where it stopped.

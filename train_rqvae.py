@@ -7,12 +7,9 @@
 The artifact lies in SAVE_DIR_ROOT/model; train_decoder.py takes that path as its tokenizer.
 """
 
-import hashlib
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import gin
 import numpy as np
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 
 from data.batching import FeatureBatches, cold_items
 from data.features import FeatureConfig, load_item_features
+from data.files import json_sha256
 from data.processed import DatasetConfig, PreparedDataset, RecDataset, load_dataset
 from data.schemas import Catalogue, InputError
 from data.sources.tables import TablesConfig
@@ -163,12 +161,14 @@ def train(
     if not finished:  # before the features are encoded, which may take long
         run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
     item_features = load_item_features(prepared, features)
-    settings = _settings_hash(
-        data=prepared.manifest_hash,
-        features=item_features.description,
-        model=model.to_dict(),
-        loop=asdict(loop),
-        training=[batch_size, pretrain_steps, kmeans_rows, temperature, seed],
+    settings = json_sha256(
+        {
+            "data": prepared.manifest_hash,
+            "features": item_features.description,
+            "model": model.to_dict(),
+            "loop": asdict(loop),
+            "training": [batch_size, pretrain_steps, kmeans_rows, temperature, seed],
+        }
     )
     if finished:
         _check_settings_of(artifact, settings)
@@ -229,10 +229,6 @@ def _catalogue(prepared: PreparedDataset, split: str) -> Catalogue:
     """The data set's catalogue, with the items marked that no training range of the split contains."""
     catalogue = prepared.catalogue
     return replace(catalogue, cold=cold_items(prepared.histories, prepared.split(split), len(catalogue)))
-
-
-def _settings_hash(**settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _check_settings_of(artifact: Path, settings: str) -> None:

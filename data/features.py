@@ -5,7 +5,6 @@ the values: the encoder and its settings, the text template and the item table. 
 nothing stale can be read. Reading needs numpy alone.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.encoders import Encoder, EncoderInput, build_encoder
-from data.files import cannot_write, exclusive, replaced_folder
+from data.files import cannot_write, exclusive, json_sha256, replaced_folder
 from data.processed import PreparedDataset
 from data.schemas import InputError
 from data.text import NO_TEXT
@@ -94,7 +93,7 @@ def _request(
 
 
 def _key(request: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    return json_sha256(request)
 
 
 def _read(folder: Path) -> ItemFeatures | None:

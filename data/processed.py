@@ -5,7 +5,6 @@ the item table.
 """
 
 import enum
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data.files import exclusive, file_sha256
+from data.files import exclusive, file_sha256, json_sha256
 from data.prepare import FORMAT_VERSION, PrepareSettings, prepare
 from data.schemas import SPLIT_ROLES, Catalogue, Histories, InputError, Ranges, Split, read_safetensors
 from data.sources.base import RawFile, Source
@@ -391,7 +390,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _content_hash(manifest: dict[str, Any]) -> str:
     content = {key: manifest[key] for key in ("format_version", "name", "item_table_hash", "histories_hash")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def _check_split_name(name: str) -> None:
