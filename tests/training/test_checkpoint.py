@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -112,38 +113,39 @@ def test_leftovers_of_a_crash_are_removed(store, tmp_path):
     assert names(tmp_path) == ["notes.txt"]
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """No file may grow past 4 KiB, as on a disk that is full."""
+    """No file may grow past 4 KiB, as on a disk that is full.
+
+    Left before the test ends: pytest's own output may be a longer file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_full_disk_leaves_the_previous_checkpoint_whole(store, tmp_path, small_files):
+def test_full_disk_leaves_the_previous_checkpoint_whole(store, tmp_path):
     (older,) = save(store, 5)
-    small_files()
-    with pytest.raises(InputError, match=r"could not write .*step_00000010: the file size limit is reached") as caught:
+    full = pytest.raises(InputError, match=r"could not write .*step_00000010: the file size limit is reached")
+    with full as caught, small_files():
         store.save(10, {"w": torch.zeros(100_000)}, {})
     assert f"The last whole checkpoint is {older}." in str(caught.value)
     assert names(tmp_path) == ["step_00000005"]
     verify(older)
 
 
-def test_full_disk_leaves_the_previous_best_whole(store, tmp_path, small_files):
+def test_full_disk_leaves_the_previous_best_whole(store, tmp_path):
     model = nn.Linear(100, 100)
     store.save_best(model)
     best = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.zero_()
-    small_files()
-    with pytest.raises(InputError, match=r"could not write .*best.safetensors"):
+    with pytest.raises(InputError, match=r"could not write .*best.safetensors"), small_files():
         store.save_best(model)
     store.load_best(model)
     torch.testing.assert_close(model.weight.detach(), best)
