@@ -1,26 +1,27 @@
-"""Dropout with a cheap random mask: one 64-bit word of torch's generator serves four elements."""
+"""Dropout."""
 
 import torch
 from torch import Tensor
 
-_LEVELS = 1 << 16
+from ops.reference.philox import seeded_keep
 
 
-def keep_mask(shape: torch.Size | tuple[int, ...], dropout_p: float, device: torch.device) -> Tensor:
-    """Int16 mask, 0 with probability `dropout_p` (exact to 1/65536, and never 0 or 1), else 1.
+def keep_mask(
+    shape: torch.Size | tuple[int, ...], dropout_p: float, device: torch.device, seed: Tensor | None
+) -> Tensor:
+    """Bool mask, false with probability `dropout_p`: that of the kernels for a given seed, else from torch's generator.
 
-    Random 16-bit numbers are clamped to two neighbouring values in place, which is far cheaper than a comparison; an
-    integer mask multiplies floats at full speed, unlike a bool one.
+    All leading dimensions together are the rows of the kernels' mask, the last one its columns.
     """
-    num_elements = torch.Size(shape).numel()
-    words = torch.empty((num_elements + 3) // 4, dtype=torch.int64, device=device).random_(-(1 << 63), None)
-    lanes = words.view(torch.int16)[:num_elements].view(shape)
-    threshold = min(max(round(dropout_p * _LEVELS), 1), _LEVELS - 1) - _LEVELS // 2
-    return lanes.clamp_(threshold - 1, threshold).sub_(threshold - 1)
+    if seed is None:
+        return torch.rand(shape, device=device) >= dropout_p
+    num_columns = shape[-1] if len(shape) else 1
+    num_rows = torch.Size(shape).numel() // max(num_columns, 1)
+    return seeded_keep(seed, dropout_p, num_rows, num_columns).view(shape)
 
 
-def dropout(x: Tensor, dropout_p: float) -> Tensor:
+def dropout(x: Tensor, dropout_p: float, seed: Tensor | None = None) -> Tensor:
     """See `ops.dropout`."""
     if dropout_p == 0.0:
         return x
-    return x * (keep_mask(x.shape, dropout_p, x.device) * (1.0 / (1.0 - dropout_p))).to(x.dtype)
+    return torch.where(keep_mask(x.shape, dropout_p, x.device, seed), x / (1.0 - dropout_p), 0.0).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Packed rows to a padded block and back."""
+"""Packed rows to a padded block and back, without a host synchronisation."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,28 @@ def row_mask(offsets: Tensor, max_len: int) -> Tensor:
     return torch.arange(max_len, device=offsets.device) < offsets.diff()[:, None]
 
 
+def row_of_token(offsets: Tensor, num_tokens: int) -> Tensor:
+    """[T] int64 row of every token; B for tokens behind the last boundary, which belong to no row."""
+    tokens = torch.arange(num_tokens, dtype=offsets.dtype, device=offsets.device)
+    return torch.bucketize(tokens, offsets[1:], right=True)
+
+
 def jagged_to_padded(x: Tensor, offsets: Tensor, max_len: int, pad: float) -> Tensor:
     """See `ops.jagged_to_padded`."""
-    padded = x.new_full((len(offsets) - 1, max_len, *x.shape[1:]), pad)
-    padded[row_mask(offsets, max_len)] = x
-    return padded
+    shape = (len(offsets) - 1, max_len, *x.shape[1:])
+    if len(x) == 0:
+        return x.new_full(shape, pad)
+    tokens = offsets[:-1, None].long() + torch.arange(max_len, device=x.device)
+    mask = row_mask(offsets, max_len).view(*shape[:2], *[1] * (x.dim() - 1))
+    return torch.where(mask, x[tokens.clamp(max=len(x) - 1)], pad)
 
 
 def padded_to_jagged(x: Tensor, offsets: Tensor, num_tokens: int) -> Tensor:
     """See `ops.padded_to_jagged`."""
-    return x[row_mask(offsets, x.shape[1])]
+    num_rows, max_len = x.shape[:2]
+    if num_rows == 0 or max_len == 0:
+        return x.new_zeros(num_tokens, *x.shape[2:])
+    rows = row_of_token(offsets, num_tokens)
+    places = torch.arange(num_tokens, device=x.device) - offsets[rows]
+    within = (rows < num_rows).view(-1, *[1] * (x.dim() - 2))
+    return torch.where(within, x[rows.clamp(max=num_rows - 1), places.clamp(max=max_len - 1)], 0)

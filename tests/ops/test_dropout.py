@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import ops
-from ops.reference.dropout import keep_mask
+from ops.cpu.dropout import keep_mask
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])

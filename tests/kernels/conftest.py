@@ -1,0 +1,24 @@
+"""The kernels' tests run in Triton's interpreter on the CPU, in a process of their own, or compiled on a GPU.
+
+`tests/ops/test_interpreter.py` starts that process. Run one file of it by hand with
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_add_rms_norm.py
+"""
+
+import os
+
+import pytest
+import torch
+
+import ops
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def device():
+    """Where kernels can run in this process; ops use them for the length of the test."""
+    if not INTERPRETING and not torch.cuda.is_available():
+        pytest.skip("kernels run here only in the interpreter's process (see test_interpreter.py) or on a GPU")
+    with ops.use_backend("triton"):
+        yield torch.device("cpu" if INTERPRETING else "cuda")
