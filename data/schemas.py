@@ -13,9 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 NO_ITEM = -1
 """Item id that fills the end of a ranked list shorter than k."""
+
+NO_TARGET = -1
+"""Target item, and each of its codes, of a row that only fills a batch up to its capacity: nothing to learn there."""
 
 SPLIT_ROLES = ("train", "valid", "test")
 
@@ -181,12 +185,15 @@ class Split:
 class SeqBatch:
     """A jagged batch of item histories.
 
+    A batch of fixed capacity (`to_capacity`) ends in a tail: item ids behind offsets[-1] belong to no row, and its last
+    rows are empty and have NO_TARGET.
+
     Attributes:
-        item_ids: [T] int64, oldest first within a row.
+        item_ids: [T] int64, oldest first within a row; T >= offsets[-1].
         offsets: [B+1] int32 row boundaries.
         max_len: upper bound of the row lengths, a Python int.
         user_hashes: [B] int64; zeros where users are unknown.
-        targets: [B] int64 item ids to predict, or None.
+        targets: [B] int64 item ids to predict, or NO_TARGET, or None for the whole batch.
     """
 
     item_ids: Tensor
@@ -210,10 +217,36 @@ class SeqBatch:
 
     def unseen(self, num_items: int) -> Tensor:
         """[B, N] bool, false for the items that a row's history contains."""
-        rows = torch.repeat_interleave(self.offsets.long().diff())
-        unseen = torch.ones(len(self), num_items, dtype=torch.bool, device=self.item_ids.device)
+        places = torch.arange(len(self.item_ids), dtype=self.offsets.dtype, device=self.offsets.device)
+        rows = torch.bucketize(places, self.offsets[1:], right=True)
+        # The tail's items get a row of their own: leaving them out would make a GPU's host wait for their number.
+        unseen = torch.ones(len(self) + 1, num_items, dtype=torch.bool, device=self.item_ids.device)
         unseen[rows, self.item_ids] = False
-        return unseen
+        return unseen[:-1]
+
+    def to_capacity(self, *, num_rows: int, num_items: int) -> "SeqBatch":
+        """The batch filled up to fixed sizes with empty rows without target and item ids 0 that belong to no row.
+
+        Args:
+            num_rows: B of the result.
+            num_items: T of the result.
+
+        Raises:
+            ValueError: if the batch is larger.
+        """
+        rows, items = num_rows - len(self), num_items - len(self.item_ids)
+        if rows < 0 or items < 0:
+            raise ValueError(
+                f"SeqBatch.to_capacity expected a batch of at most {num_rows} rows and {num_items} items, "
+                f"got {len(self)} rows and {len(self.item_ids)} items."
+            )
+        return replace(
+            self,
+            item_ids=pad(self.item_ids, (0, items)),
+            offsets=torch.cat([self.offsets, self.offsets[-1:].expand(rows)]),
+            user_hashes=pad(self.user_hashes, (0, rows)),
+            targets=None if self.targets is None else pad(self.targets, (0, rows), value=NO_TARGET),
+        )
 
     @classmethod
     def from_lists(cls, histories: list[list[int]]) -> "SeqBatch":
@@ -230,11 +263,14 @@ class SeqBatch:
 class TokenizedSeqBatch:
     """A jagged batch as the retrieval model reads it.
 
+    Tokens behind offsets[-1], the tail of a batch of fixed capacity, are valid indices but belong to no row.
+
     Attributes:
-        tokens: [T] int64 indices into the model's token table (user token, codes, separators).
+        tokens: [T] int64 indices into the model's token table (user token, codes, separators); T >= offsets[-1].
         offsets: [B+1] int32 row boundaries.
         max_len: upper bound of the row lengths, a Python int.
-        target_codes: [B, L] int64 codes of the target item per level (not offset by level), or None.
+        target_codes: [B, L] int64 codes of the target item per level (not offset by level), NO_TARGET in a row
+            without target, which loss and metrics leave out; or None for the whole batch.
     """
 
     tokens: Tensor

@@ -107,7 +107,8 @@ class ItemKNNRanker:
 
     def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Ranker.rank`."""
-        offsets, item_ids = histories.offsets.cpu().long(), histories.item_ids.cpu()
+        offsets = histories.offsets.cpu().long()
+        item_ids = histories.item_ids.cpu()[: offsets[-1]]
         rows = torch.repeat_interleave(offsets.diff())
         ages = offsets[1:][rows] - 1 - torch.arange(len(item_ids))
         weights = self.decay ** ages.double()

@@ -49,22 +49,27 @@ def kmeans(x: Tensor, num_codes: int, *, num_iterations: int = 25, seed: int = 0
 
 
 def _plus_plus_start(x: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
-    """Rows drawn one by one with probability proportional to the squared distance to those drawn before."""
+    """Rows drawn one by one with probability proportional to the squared distance to those drawn before.
+
+    Nothing waits for the device before the last row is drawn.
+    """
     distance = torch.full((len(x),), torch.inf, device=x.device)
     centroids = torch.empty(num_codes, x.shape[1], device=x.device)
     draws = torch.rand(num_codes, generator=generator, dtype=torch.float64)
+    totals = torch.ones(num_codes, dtype=torch.float64, device=x.device)
+    row = (draws[:1] * len(x)).long().to(x.device)
+    draws = draws.to(x.device)
     for code in range(num_codes):
-        if code == 0:
-            row = int(draws[0] * len(x))
-        else:
+        if code > 0:
             cumulative = distance.double().cumsum(dim=0)
-            if cumulative[-1] == 0:  # every distinct row is a centroid already
-                return _fill_around_rows(x, centroids, code, generator)
-            row = int(torch.searchsorted(cumulative, draws[code].to(x.device) * cumulative[-1], right=True))
-            row = min(row, len(x) - 1)
-        centroids[code] = x[row]
+            totals[code] = cumulative[-1]
+            drawn = draws[code : code + 1] * cumulative[-1:]
+            row = torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(x) - 1)
+        centroids[code] = x[row][0]
         distance = torch.minimum(distance, (x - x[row]).square().sum(dim=1))
-    return centroids
+    # From where every distinct row is a centroid already, all distances are zero.
+    num_drawn = int((totals > 0).sum())
+    return _fill_around_rows(x, centroids, num_drawn, generator) if num_drawn < num_codes else centroids
 
 
 def _fill_around_rows(x: Tensor, centroids: Tensor, num_filled: int, generator: torch.Generator) -> Tensor:

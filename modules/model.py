@@ -3,14 +3,17 @@
 Rajput et al. 2023 ("TIGER") on the transformer of Raffel et al. 2020 ("T5"), over packed rows.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
-from data.schemas import InputError, TokenizedSeqBatch
+from data.schemas import NO_TARGET, InputError, TokenizedSeqBatch
 from modules.embedding.token_embedding import TokenEmbedding
 from modules.tokenizer.vocabulary import CodeVocabulary
 from modules.transformer.attention import scaled_linear
@@ -18,6 +21,10 @@ from modules.transformer.decoder import Decoder, DecoderState
 from modules.transformer.encoder import Encoder
 from modules.transformer.rows import Rows
 from modules.transformer.sizes import StackSizes
+
+_MAX_CODES_IN_ONE_PRODUCT = 8192
+"""Codes of all levels together up to which a GPU computes every level's logits at every position, most in vain: that is
+cheaper than a handful of small products, whose launches take longer than their arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +133,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         """Training loss.
 
         Args:
-            batch: with target_codes [B, L].
+            batch: with target_codes [B, L]; rows with NO_TARGET count nowhere.
 
         Returns:
             "loss", the sum over levels of the mean cross-entropy, and "loss_level_{l}" without gradient, all fp32.
@@ -134,19 +141,25 @@ class EncoderDecoderRetrievalModel(nn.Module):
         Raises:
             ValueError: if the batch has no targets of the right number of levels.
         """
-        level_losses = self._level_losses(batch, self.config.label_smoothing).mean(dim=0)
+        with self._dropout_seeds(batch.tokens.device):
+            losses = self._level_losses(batch, self.config.label_smoothing)
+        num_targets = (self._targets(batch)[:, 0] != NO_TARGET).sum().clamp(min=1)
+        level_losses = losses.sum(dim=0) / num_targets
         named = {f"loss_level_{level}": loss for level, loss in enumerate(level_losses.detach())}
         return {"loss": level_losses.sum(), **named}
 
     def log_likelihood(self, batch: TokenizedSeqBatch) -> Tensor:
-        """[B] fp32 log-probability of the batch's target_codes: the sum over levels, each over the whole level."""
+        """[B] fp32 log-probability of the batch's target_codes: the sum over levels, each over the whole level.
+
+        Rows with NO_TARGET have 0.
+        """
         return -self._level_losses(batch, label_smoothing=0.0).sum(dim=1)
 
     @torch.no_grad()
     def start(self, batch: TokenizedSeqBatch) -> DecoderState:
         """Encode every row once, with the cross keys and values of all decoder layers."""
         rows = Rows(batch.offsets, batch.max_len)
-        return self.decoder.start(self._encode(batch, rows), rows)
+        return self.decoder.start(self._encode(batch, rows), rows, num_steps=self.num_levels)
 
     @torch.no_grad()
     def step(self, state: DecoderState, codes: Tensor | None, parents: Tensor | None) -> Tensor:
@@ -163,13 +176,13 @@ class EncoderDecoderRetrievalModel(nn.Module):
         Raises:
             ValueError: if all levels are done, or codes and parents do not fit the state.
         """
-        level = state.num_steps
+        level = state.beams.num_steps
         self._check_step(state, codes, parents)
         if codes is None or parents is None:
-            state.advance_(torch.zeros(state.num_rows, 1, dtype=torch.int64, device=state.ancestors.device))
             x = self._bos(state.num_rows)
+            state.beams.advance_(torch.zeros(state.num_rows, 1, dtype=torch.int64, device=x.device))
         else:
-            state.advance_(parents)
+            state.beams.advance_(parents)
             x = self.embedding.codes(codes.reshape(-1, 1), self.language, first_level=level - 1)
             x = x.view(*codes.shape, self.config.d_model)
         return self._head(level)(self.decoder.step(state, x)).float()
@@ -181,22 +194,53 @@ class EncoderDecoderRetrievalModel(nn.Module):
         """[B, 1, D]."""
         return self.embedding.weight[self.vocabulary.bos].expand(num_rows, 1, -1)
 
-    def _head(self, level: int) -> nn.Module:
+    def _head(self, level: int) -> nn.Linear:
         return self.heads[self.language][level]  # type: ignore[index]
 
+    def _dropout_seeds(self, device: torch.device) -> AbstractContextManager[None]:
+        """One draw for all dropout in kernels: 4 ops in an encoder layer, 6 in a decoder layer, 2 behind each stack."""
+        config = self.config
+        if not self.training or config.dropout == 0.0 or device.type == "cpu" or torch.compiler.is_compiling():
+            return nullcontext()
+        return ops.dropout_seeds(4 * config.num_encoder_layers + 6 * config.num_decoder_layers + 4, device)
+
     def _level_losses(self, batch: TokenizedSeqBatch, label_smoothing: float) -> Tensor:
-        """[B, L] cross-entropies."""
+        """[B, L] cross-entropies, zeros in rows without target."""
         codes = self._targets(batch)
-        x = torch.cat([self._bos(len(batch)), self.embedding.codes(codes[:, :-1], self.language)], dim=1)
         rows = Rows(batch.offsets, batch.max_len)
+        x = self.embedding.decoder_inputs(codes, self.language)
         hidden = self.decoder(x, self._encode(batch, rows), rows)
+        num_codes = sum(self.config.languages[self.language])
+        if hidden.device.type != "cpu" and num_codes <= _MAX_CODES_IN_ONE_PRODUCT:
+            return self._losses_in_one_product(hidden, codes, label_smoothing)
+        return self._losses_level_by_level(hidden, codes, label_smoothing)
+
+    def _losses_level_by_level(self, hidden: Tensor, codes: Tensor, label_smoothing: float) -> Tensor:
+        """[B, L, D] hidden states, [B, L] codes -> [B, L]."""
         losses = [
             ops.cross_entropy_small_vocab(
-                self._head(level)(hidden[:, level]), codes[:, level].contiguous(), label_smoothing=label_smoothing
+                self._head(level)(level_hidden),
+                level_codes.contiguous(),
+                ignore_index=NO_TARGET,
+                label_smoothing=label_smoothing,
             )
-            for level in range(self.num_levels)
+            for level, (level_hidden, level_codes) in enumerate(zip(hidden.unbind(1), codes.unbind(1), strict=True))
         ]
         return torch.stack(losses, dim=1)
+
+    def _losses_in_one_product(self, hidden: Tensor, codes: Tensor, label_smoothing: float) -> Tensor:
+        """As `_losses_level_by_level`, with the logits of all levels at every position."""
+        weights = [self._head(level).weight for level in range(self.num_levels)]
+        logits = F.linear(hidden.flatten(0, 1), torch.cat(weights))
+        bounds = accumulate(self.config.languages[self.language], initial=0)
+        losses = ops.cross_entropy_small_vocab(
+            logits,
+            codes.flatten(),
+            ignore_index=NO_TARGET,
+            label_smoothing=label_smoothing,
+            level_slice=tuple(pairwise(bounds)),
+        )
+        return losses.view(codes.shape)
 
     def _targets(self, batch: TokenizedSeqBatch) -> Tensor:
         codes = batch.target_codes
@@ -209,7 +253,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         return codes
 
     def _check_step(self, state: DecoderState, codes: Tensor | None, parents: Tensor | None) -> None:
-        level = state.num_steps
+        level = state.beams.num_steps
         if level >= self.num_levels:
             raise ValueError(f"step expected at most {self.num_levels} calls, one per level; all are done.")
         if (codes is None) != (level == 0) or (parents is None) != (level == 0):

@@ -64,7 +64,7 @@ class Quantizer(nn.Module):
         codes = self.weight if self.projection is None else self.projection(self.weight)
         return F.normalize(codes, dim=-1) if self.normalize else codes
 
-    def forward(self, residual: Tensor, temperature: float = 1.0) -> Quantized:
+    def forward(self, residual: Tensor, temperature: float | Tensor = 1.0) -> Quantized:
         """Choose a code for every row; softly in training under GUMBEL_SOFTMAX, else the nearest.
 
         Args:
@@ -89,7 +89,7 @@ class Quantizer(nn.Module):
             nn.init.eye_(self.projection.weight)
 
 
-def gumbel_softmax_embedding(residual: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+def gumbel_softmax_embedding(residual: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
     """Average of the codes under a relaxed sample of a noisy choice (Jang et al. 2017, eq. 2).
 
     A code's logit is its negative squared distance over the temperature, distances being measured in units of the

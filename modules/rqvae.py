@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.schemas import InputError
-from modules.loss import quantize_loss, reconstruction_loss
+from modules.loss import quantize_loss, reconstruction_loss, residual_quantize_loss
 from modules.mlp import ACTIVATIONS, MLP
 from modules.quantize import QuantizeMode, Quantizer, rotation_trick, straight_through
-from ops import residual_quantize
+from ops import residual_quantize, semantic_id_embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ class RqVae(nn.Module):
     """
 
     codebooks_initialized: Tensor
+    _level_offsets: Tensor
 
     def __init__(self, config: RqVaeConfig) -> None:
         super().__init__()
@@ -134,8 +136,10 @@ class RqVae(nn.Module):
             for level, size in enumerate(config.codebook_sizes)
         )
         self.register_buffer("codebooks_initialized", torch.tensor(False))
+        offsets = itertools.accumulate(config.codebook_sizes[:-1], initial=0)
+        self.register_buffer("_level_offsets", torch.tensor(list(offsets)), persistent=False)
 
-    def forward(self, x: Tensor, temperature: float = 1.0) -> RqVaeOutput:
+    def forward(self, x: Tensor, temperature: float | Tensor = 1.0) -> RqVaeOutput:
         """Loss of a batch: reconstruction summed over dimensions, plus every level's quantization loss.
 
         Distances and losses compute in fp32 or better, also under autocast.
@@ -184,9 +188,21 @@ class RqVae(nn.Module):
         return [quantizer.codebook() for quantizer in self._levels()]
 
     @torch.no_grad()
-    def semantic_ids(self, x: Tensor) -> Tensor:
-        """Nearest codes [B, L] int64 of features [B, input_dim]; InputError for another width."""
-        return residual_quantize(self.encode(x), self.codebooks())[0]
+    def semantic_ids(self, x: Tensor, *, precision: str = "ieee") -> Tensor:
+        """Nearest codes [B, L] int64 of features [B, input_dim].
+
+        Autocast reaches the encoder alone; distances compute in fp32 or better.
+
+        Args:
+            x: [B, input_dim].
+            precision: of the distances' products, see `ops.residual_quantize`.
+
+        Raises:
+            InputError: if x has another width.
+        """
+        latent = self.encode(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return residual_quantize(latent, self.codebooks(), precision=precision)[0]
 
     def fit_autoencoder_(
         self, x: Tensor, *, num_steps: int, batch_size: int = 512, learning_rate: float = 1e-3, seed: int = 0
@@ -226,8 +242,18 @@ class RqVae(nn.Module):
     def _levels(self) -> list[Quantizer]:
         return cast(list[Quantizer], list(self.quantizers))
 
-    def _quantize(self, latent: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, latent: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The decoder's input [B, embed_dim], the quantization loss [B] and the codes [B, L]."""
+        if self.training and self.config.mode is QuantizeMode.GUMBEL_SOFTMAX:
+            return self._quantize_softly(latent, temperature)
+        codebooks = self.codebooks()
+        codes = residual_quantize(latent, codebooks)[0]
+        embeddings = semantic_id_embedding(codes, torch.cat(codebooks), self._level_offsets)
+        loss = residual_quantize_loss(latent, embeddings, self.config.commitment_weight)
+        return self._pass_gradient(latent, embeddings.sum(dim=1)), loss, codes
+
+    def _quantize_softly(self, latent: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Level by level, since what a soft choice leaves over depends on its noise."""
         residual = latent
         total, loss, codes = torch.zeros_like(latent), latent.new_zeros(len(latent)), []
         for quantizer in self._levels():
@@ -237,7 +263,7 @@ class RqVae(nn.Module):
             codes.append(quantized.codes)
             # Only the code is detached: every level's commitment pulls at the encoder with its full weight.
             residual = residual - quantized.embedding.detach()
-        return self._pass_gradient(latent, total), loss, torch.stack(codes, dim=1)
+        return total, loss, torch.stack(codes, dim=1)
 
     def _pass_gradient(self, latent: Tensor, total: Tensor) -> Tensor:
         # Estimators act once, on the sum of the codes; level by level they would count the encoder L times.

@@ -13,7 +13,16 @@ take an optional `seed` ([1] int64): the same seed drops the same elements on ev
 from ops.attention import beam_cross_attention, beam_self_attention, jagged_attention, jagged_self_attention
 from ops.backend import describe_backend, use_backend
 from ops.codes import TrieLevel, build_trie, codebook_stats, residual_quantize, trie_topk_step
-from ops.jagged import jagged_to_padded, padded_to_jagged
+from ops.graphs import GraphedCall
+from ops.jagged import (
+    jagged_concat,
+    jagged_mean,
+    jagged_softmax,
+    jagged_split,
+    jagged_sum,
+    jagged_to_padded,
+    padded_to_jagged,
+)
 from ops.layers import (
     add_rms_norm,
     cross_entropy_small_vocab,
@@ -25,6 +34,7 @@ from ops.reference.relative_buckets import relative_buckets
 from ops.seeds import dropout_seeds
 
 __all__ = [
+    "GraphedCall",
     "TrieLevel",
     "add_rms_norm",
     "beam_cross_attention",
@@ -36,7 +46,12 @@ __all__ = [
     "dropout",
     "dropout_seeds",
     "jagged_attention",
+    "jagged_concat",
+    "jagged_mean",
     "jagged_self_attention",
+    "jagged_softmax",
+    "jagged_split",
+    "jagged_sum",
     "jagged_to_padded",
     "padded_to_jagged",
     "relative_buckets",

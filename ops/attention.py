@@ -1,15 +1,19 @@
 """Attention within packed rows, and of beams during generation."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ops import checks
-from ops.backend import to_autocast_dtype, uses_cpu_path
+from ops.backend import say_once, to_autocast_dtype, uses_cpu_path, uses_triton
+from ops.cpu.beam_attention import beam_cross_attention as _beam_cross_attention_cpu
+from ops.cpu.beam_attention import beam_self_attention as _beam_self_attention_cpu
 from ops.cpu.jagged_attention import jagged_attention as _jagged_attention_cpu
+from ops.reference.beam_attention import beam_cross_attention as _beam_cross_attention
 from ops.reference.beam_attention import beam_self_attention as _beam_self_attention
 from ops.reference.jagged_attention import jagged_attention as _jagged_attention
+
+_WIDEST_HEAD = 128
+"""Beyond it the kernels would spill registers."""
 
 
 def jagged_attention(
@@ -34,7 +38,7 @@ def jagged_attention(
 
     Args:
         q: [Tq, H, D].
-        kv: [Tk, 2, H, D] keys and values, in q's dtype.
+        kv: [Tk, 2, H, D] keys and values, in q's dtype; may be one layer out of a tensor of several.
         offsets_q: [B+1] int32.
         offsets_k: [B+1] int32.
         max_q: no row has more queries.
@@ -62,13 +66,16 @@ def jagged_attention(
         raise ValueError(
             f"ops.{op} expected as many rows of q as of kv, got {len(offsets_q) - 1} and {len(offsets_k) - 1}."
         )
-    _check_attention(op, bias_table, q.shape[1], dropout_p)
+    _check_attention(op, kv, bias_table, dropout_p)
+    checks.check_device(op, q=q, kv=kv, offsets_q=offsets_q, offsets_k=offsets_k, bias_table=bias_table, seed=seed)
     checks.check_offsets(op, "offsets_q", offsets_q, len(q))
     checks.check_offsets(op, "offsets_k", offsets_k, len(kv))
     checks.check_max_len(op, "max_q", max_q, offsets_q)
     checks.check_max_len(op, "max_k", max_k, offsets_k)
     q, kv = to_autocast_dtype(q, kv)
-    return _attend(q, kv, offsets_q, offsets_k, max_q, max_k, scale, bias_table, max_distance, False, dropout_p, seed)
+    return _attend(
+        op, q, kv, offsets_q, offsets_k, max_q, max_k, scale, bias_table, max_distance, False, dropout_p, seed
+    )
 
 
 def jagged_self_attention(
@@ -105,16 +112,18 @@ def jagged_self_attention(
     op = "jagged_self_attention"
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"ops.{op} expected qkv [T, 3, H, D], got {checks.shape_of(qkv)}.")
-    _check_attention(op, bias_table, qkv.shape[2], dropout_p)
+    _check_attention(op, qkv, bias_table, dropout_p)
+    checks.check_device(op, qkv=qkv, offsets=offsets, bias_table=bias_table, seed=seed)
     checks.check_offsets(op, "offsets", offsets, len(qkv))
     checks.check_max_len(op, "max_len", max_len, offsets)
     (qkv,) = to_autocast_dtype(qkv)
     return _attend(
-        None, qkv, offsets, offsets, max_len, max_len, scale, bias_table, max_distance, causal, dropout_p, seed
+        op, None, qkv, offsets, offsets, max_len, max_len, scale, bias_table, max_distance, causal, dropout_p, seed
     )
 
 
 def _attend(
+    op: str,
     q: Tensor | None,
     kv: Tensor,
     offsets_q: Tensor,
@@ -129,13 +138,20 @@ def _attend(
     seed: Tensor | None,
 ) -> Tensor:
     """The twin that runs; q None and kv [T, 3, H, D] is self attention."""
-    shape = (offsets_q, offsets_k, max_q, max_k, scale, bias_table, max_distance, causal, dropout_p)
+    rest = (offsets_q, offsets_k, max_q, max_k, scale, bias_table, max_distance, causal, dropout_p)
+    if _heads_in_triton(op, kv):
+        from ops.triton.jagged_attention import jagged_attention as twin
+
+        return twin(q, kv, *rest, seed)
     if uses_cpu_path(kv.device.type, seed):
-        return _jagged_attention_cpu(q, kv, *shape)
-    return _jagged_attention(q, kv, *shape, seed)
+        return _jagged_attention_cpu(q, kv, *rest)
+    return _jagged_attention(q, kv, *rest, seed)
 
 
-def _check_attention(op: str, bias_table: Tensor | None, num_heads: int, dropout_p: float) -> None:
+def _check_attention(op: str, heads: Tensor, bias_table: Tensor | None, dropout_p: float) -> None:
+    if not heads.is_floating_point():
+        raise ValueError(f"ops.{op} expected floating-point heads, got {checks.shape_of(heads)}.")
+    num_heads = heads.shape[2]
     if bias_table is not None and (bias_table.dim() != 2 or bias_table.shape[1] != num_heads):
         raise ValueError(f"ops.{op} expected bias_table [num_buckets, {num_heads}], got {checks.shape_of(bias_table)}.")
     checks.check_dropout(op, dropout_p)
@@ -146,55 +162,95 @@ def beam_cross_attention(q: Tensor, kv: Tensor, offsets_k: Tensor, *, max_k: int
 
     Args:
         q: [B, W, H, D].
-        kv: [T, 2, H, D] keys and values.
+        kv: [T, 2, H, D] keys and values, in q's dtype; may be one layer out of a tensor of several.
         offsets_k: [B+1] int32.
         max_k: no row has more keys.
         scale: factor of the products.
 
     Returns:
-        [B, W, H, D]; zeros where a row has no keys. Inference only.
+        [B, W, H, D] in the autocast dtype, or q's; zeros where a row has no keys. Scores and softmax are at least
+        fp32. Inference only.
 
     Raises:
         ValueError: on shapes, dtypes or offsets that disagree.
     """
-    checks.check_rank("beam_cross_attention", "q", q, "B, W, H, D")
-    num_rows, num_beams = q.shape[:2]
-    offsets_q = torch.arange(num_rows + 1, dtype=torch.int32, device=q.device) * num_beams
-    out = jagged_attention(q.flatten(0, 1), kv, offsets_q, offsets_k, max_q=num_beams, max_k=max_k, scale=scale)
-    return out.view(q.shape)
+    op = "beam_cross_attention"
+    checks.check_rank(op, "q", q, "B, W, H, D")
+    if kv.dim() != 4 or kv.shape[1:] != (2, *q.shape[2:]) or q.dtype != kv.dtype:
+        raise ValueError(
+            f"ops.{op} expected q [B, W, H, D] and kv [T, 2, H, D] of one dtype, "
+            f"got {checks.shape_of(q)} and {checks.shape_of(kv)}."
+        )
+    checks.check_device(op, q=q, kv=kv, offsets_k=offsets_k)
+    checks.check_offsets(op, "offsets_k", offsets_k, len(kv))
+    if len(offsets_k) != len(q) + 1:
+        raise ValueError(f"ops.{op} expected offsets_k of the {len(q)} rows of q, got {len(offsets_k) - 1} rows.")
+    checks.check_max_len(op, "max_k", max_k, offsets_k)
+    q, kv = to_autocast_dtype(q, kv)
+    if _heads_in_triton(op, q):
+        from ops.triton.beam_attention import beam_cross_attention as twin
+
+        return twin(q, kv, offsets_k, max_k, scale)
+    if uses_cpu_path(q.device.type, None):
+        return _beam_cross_attention_cpu(q, kv, offsets_k, max_k, scale)
+    return _beam_cross_attention(q, kv, offsets_k, max_k, scale)
 
 
 def beam_self_attention(
-    q: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    ancestors: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
+    q: Tensor, cache: Tensor, ancestors: Tensor, *, scale: float, bias: Tensor | None = None
 ) -> Tensor:
     """Self attention of each beam over its own ancestors, found by index in a cache that is never reordered.
 
     Args:
         q: [B, W, H, D] queries of the newest step.
-        keys: one [B, W_s, H, D] per step, the newest last; W_s may differ.
-        values: as keys.
-        ancestors: [B, W, steps] int64, the beam's slot at every step.
+        cache: [S, B, slots, 2, H, D] keys and values of every step's beams in q's dtype; what lies in slots that no
+            beam descends from, or in steps that `ancestors` does not have yet, is not read.
+        ancestors: [B, W, steps] int64, the beam's slot at every step from the first to the newest.
         scale: factor of the products.
         bias: [H, steps] relative bias per step, or None.
 
     Returns:
-        [B, W, H, D]. Inference only.
+        [B, W, H, D] in q's dtype; arithmetic is at least fp32. Inference only.
 
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: if shapes or dtypes disagree, or a slot does not exist (where values are read).
     """
     op = "beam_self_attention"
     checks.check_rank(op, "q", q, "B, W, H, D")
+    checks.check_rank(op, "cache", cache, "S, B, slots, 2, H, D")
+    checks.check_rank(op, "ancestors", ancestors, "B, W, steps")
     checks.check_index_dtype(op, "ancestors", ancestors)
-    if len(keys) != len(values) or ancestors.shape != (*q.shape[:2], len(keys)):
+    num_steps = ancestors.shape[2]
+    if (cache.shape[1], *cache.shape[3:]) != (len(q), 2, *q.shape[2:]) or cache.dtype != q.dtype:
         raise ValueError(
-            f"ops.{op} expected ancestors [{q.shape[0]}, {q.shape[1]}, {len(keys)}] for {len(keys)} cached keys, "
-            f"got {checks.shape_of(ancestors)} and {len(values)} values."
+            f"ops.{op} expected cache [S, {len(q)}, slots, 2, {q.shape[2]}, {q.shape[3]}] of q's dtype for q "
+            f"{checks.shape_of(q)}, got {checks.shape_of(cache)}."
         )
-    return _beam_self_attention(q, keys, values, ancestors, scale, bias)
+    if ancestors.shape[:2] != q.shape[:2] or not 1 <= num_steps <= len(cache):
+        raise ValueError(
+            f"ops.{op} expected ancestors [{q.shape[0]}, {q.shape[1]}, 1 to {len(cache)} steps], "
+            f"got {checks.shape_of(ancestors)}."
+        )
+    if bias is not None and bias.shape != (q.shape[2], num_steps):
+        raise ValueError(f"ops.{op} expected bias [{q.shape[2]}, {num_steps}], got {checks.shape_of(bias)}.")
+    checks.check_device(op, q=q, cache=cache, ancestors=ancestors, bias=bias)
+    checks.check_index_range(op, "ancestors", ancestors, cache.shape[2])
+    if _heads_in_triton(op, q):
+        from ops.triton.beam_attention import beam_self_attention as twin
+
+        return twin(q, cache, ancestors, scale, bias)
+    if uses_cpu_path(q.device.type, None):
+        return _beam_self_attention_cpu(q, cache, ancestors, scale, bias)
+    return _beam_self_attention(q, cache, ancestors, scale, bias)
+
+
+def _heads_in_triton(op: str, q: Tensor) -> bool:
+    if not uses_triton(q.device.type) or q.dtype == torch.float64:
+        return False
+    if q.dtype in (torch.float32, torch.float16, torch.bfloat16) and q.shape[-1] <= _WIDEST_HEAD:
+        return True
+    say_once(
+        f"ops.{op} runs in PyTorch for {q.dtype} heads of width {q.shape[-1]}: its kernel takes fp32, fp16 and bf16 "
+        f"up to width {_WIDEST_HEAD}."
+    )
+    return False

@@ -23,6 +23,8 @@ _override: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Override `OPS_BACKEND` within a block; `name` is one of auto, torch, triton.
 
+    It counts for the whole process: a backward pass, which may compute parts of its forward again, has other threads.
+
     Raises:
         InputError: for another name.
     """
@@ -40,7 +42,7 @@ def uses_triton(device_type: str) -> bool:
     Raises:
         InputError: if Triton is asked for where it cannot run.
     """
-    return _decide(_override or _from_environment(), device_type)
+    return _chosen(_override, device_type)
 
 
 def uses_cpu_path(device_type: str, seed: Tensor | None) -> bool:
@@ -55,7 +57,7 @@ def uses_cpu_path(device_type: str, seed: Tensor | None) -> bool:
 def describe_backend(device_type: str) -> str:
     """For logs: which twins run on a device type, and why."""
     if uses_triton(device_type):
-        return f"ops run as Triton {metadata.version('triton')} kernels on {device_type}"
+        return f"ops run as Triton {_triton_version()} kernels on {device_type}"
     problem = _triton_problem() if device_type == "cuda" and (_override or _from_environment()) == "auto" else None
     return f"ops run in PyTorch on {device_type}" + (f", since {problem}" if problem else "")
 
@@ -69,6 +71,7 @@ def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def say_once(message: str) -> None:
     """Log a warning, the first time only."""
@@ -84,6 +87,12 @@ def _known(name: str, where: str) -> str:
     if name not in BACKENDS:
         raise InputError(f"{where} expected one of {', '.join(BACKENDS)}, got {name!r}.")
     return name
+
+
+@torch.compiler.assume_constant_result
+def _chosen(override: str | None, device_type: str) -> bool:
+    """A compiler takes the answer as it is: it cannot trace caches and logging."""
+    return _decide(override or _from_environment(), device_type)
 
 
 @functools.cache
@@ -115,10 +124,19 @@ def _interpreting() -> bool:
 def _triton_problem() -> str | None:
     """Why Triton cannot be used here, with the remedy; None where it can."""
     oldest = ".".join(map(str, OLDEST_TRITON))
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+    version = _triton_version()
+    if version is None:
         return f"Triton is not installed: install triton>={oldest} (Linux only)"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         return f"Triton {version} is older than {oldest}: upgrade torch, which brings its own"
+    return None
+
+
+def _triton_version() -> str | None:
+    """Of the installed package, which nightly and ROCm builds of torch name otherwise; Triton is not imported."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
     return None

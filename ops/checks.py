@@ -70,3 +70,30 @@ def check_index_dtype(op: str, name: str, tensor: Tensor) -> None:
     """Raise unless `tensor` is int64."""
     if tensor.dtype != torch.int64:
         raise ValueError(f"ops.{op} expected {name} as int64, got {shape_of(tensor)}.")
+
+
+def check_codes(op: str, name: str, codes: Tensor, num_codes: int) -> None:
+    """Raise unless all codes lie in 0..num_codes-1, where values are read."""
+    if not _reads_values(codes) or codes.numel() == 0:
+        return
+    lowest, highest = codes.aminmax()
+    if int(lowest) < 0 or int(highest) >= num_codes:
+        raise ValueError(f"ops.{op} expected {name} in 0..{num_codes - 1}, got {int(lowest)} to {int(highest)}.")
+
+
+def check_index_range(op: str, name: str, index: Tensor, size: int, *, allowed: int | None = None) -> None:
+    """Raise if an entry of `index` is neither in 0..size-1 nor `allowed`, where values are read."""
+    if not _reads_values(index):
+        return
+    wrong = (index < 0) | (index >= size)
+    if allowed is not None:
+        wrong &= index != allowed
+    if bool(wrong.any()):
+        also = "" if allowed is None else f" or {allowed}"
+        raise ValueError(f"ops.{op} expected {name} in 0..{size - 1}{also}, got {int(index[wrong][0])}.")
+
+
+def check_level_codes(op: str, codes: Tensor, level_offsets: Tensor, num_tokens: int) -> None:
+    """Raise if a code that is not below 0 leads behind the table's `num_tokens` rows, where values are read."""
+    if _reads_values(codes):
+        check_index_range(op, "codes + level_offsets", (codes + level_offsets)[codes >= 0], num_tokens)

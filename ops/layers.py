@@ -1,17 +1,26 @@
 """Ops of transformer layers that are not attention."""
 
+from collections.abc import Sequence
+from typing import cast
+
+import torch
 from torch import Tensor
 
 from ops import checks
-from ops.backend import to_autocast_dtype, uses_cpu_path, uses_triton
+from ops.backend import say_once, to_autocast_dtype, uses_cpu_path, uses_triton
 from ops.cpu.add_rms_norm import add_rms_norm as _add_rms_norm_cpu
 from ops.cpu.dropout import dropout as _dropout_cpu
 from ops.cpu.relu_feed_forward import relu_feed_forward as _relu_feed_forward_cpu
+from ops.cpu.semantic_id_embedding import semantic_id_embedding as _semantic_id_embedding_cpu
 from ops.reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from ops.reference.cross_entropy_small_vocab import cross_entropy_small_vocab as _cross_entropy_small_vocab
 from ops.reference.dropout import dropout as _dropout
 from ops.reference.relu_feed_forward import relu_feed_forward as _relu_feed_forward
 from ops.reference.semantic_id_embedding import semantic_id_embedding as _semantic_id_embedding
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_NORM_WIDTH = 16384
+"""A program of the norm's kernels holds a whole row."""
 
 
 def dropout(x: Tensor, *, dropout_p: float, seed: Tensor | None = None) -> Tensor:
@@ -28,6 +37,11 @@ def dropout(x: Tensor, *, dropout_p: float, seed: Tensor | None = None) -> Tenso
         ValueError: if dropout_p is outside [0, 1).
     """
     checks.check_dropout("dropout", dropout_p)
+    checks.check_device("dropout", x=x, seed=seed)
+    if _runs_on_triton(x):
+        from ops.triton.dropout import dropout as twin
+
+        return twin(x, dropout_p, seed)
     if uses_cpu_path(x.device.type, seed):
         return _dropout_cpu(x, dropout_p)
     return _dropout(x, dropout_p, seed)
@@ -67,7 +81,7 @@ def add_rms_norm(
         )
     checks.check_dropout("add_rms_norm", dropout_p)
     checks.check_device("add_rms_norm", x=x, residual=residual, weight=weight, seed=seed)
-    if uses_triton(x.device.type):
+    if _runs_on_triton(x, residual, weight) and _fits_norm_kernel(x.shape[1]):
         from ops.triton.add_rms_norm import add_rms_norm as twin
 
         return twin(x, residual, weight, eps, dropout_p, seed)
@@ -83,8 +97,8 @@ def relu_feed_forward(
 
     Args:
         x: [T, D].
-        w_in: [F, D].
-        w_out: [D, F].
+        w_in: [F, D], of x's dtype where autocast does not decide.
+        w_out: [D, F], likewise.
         dropout_p: on the hidden layer; 0 switches it off.
         seed: [1] int64 that fixes the mask, or None to draw one.
 
@@ -92,7 +106,7 @@ def relu_feed_forward(
         [T, D] in the autocast dtype, or x's.
 
     Raises:
-        ValueError: if the shapes disagree or dropout_p is outside [0, 1).
+        ValueError: if shapes or dtypes disagree or dropout_p is outside [0, 1).
     """
     checks.check_rank("relu_feed_forward", "x", x, "T, D")
     if w_in.dim() != 2 or w_in.shape[1] != x.shape[1] or w_out.shape != w_in.shape[::-1]:
@@ -101,58 +115,146 @@ def relu_feed_forward(
             f"{checks.shape_of(x)}, got {checks.shape_of(w_in)} and {checks.shape_of(w_out)}."
         )
     checks.check_dropout("relu_feed_forward", dropout_p)
+    checks.check_device("relu_feed_forward", x=x, w_in=w_in, w_out=w_out, seed=seed)
     x, w_in, w_out = to_autocast_dtype(x, w_in, w_out)
+    if not x.dtype == w_in.dtype == w_out.dtype:
+        raise ValueError(
+            f"ops.relu_feed_forward expected x, w_in and w_out of one dtype, got {x.dtype}, {w_in.dtype} and "
+            f"{w_out.dtype}. Convert them, or use torch.autocast."
+        )
+    if _runs_on_triton(x):
+        from ops.triton.relu_feed_forward import relu_feed_forward as twin
+
+        return twin(x, w_in, w_out, dropout_p, seed)
     if uses_cpu_path(x.device.type, seed):
         return _relu_feed_forward_cpu(x, w_in, w_out, dropout_p)
     return _relu_feed_forward(x, w_in, w_out, dropout_p, seed)
 
 
-def semantic_id_embedding(codes: Tensor, table: Tensor, level_offsets: Tensor) -> Tensor:
-    """Rows of the token table for the codes of each level: table[codes[:, l] + level_offsets[l]].
+def semantic_id_embedding(
+    codes: Tensor,
+    table: Tensor,
+    level_offsets: Tensor,
+    *,
+    positions: Tensor | None = None,
+    deterministic: bool = True,
+) -> Tensor:
+    """Rows of the token table for the codes of each level: table[codes[:, l] + level_offsets[l]] + positions[l].
+
+    Codes below 0, as in rows without a target, read as zeros and pass no gradient, to positions neither.
 
     Args:
         codes: [B, L] int64, counted from 0 in every level.
         table: [num_tokens, D].
         level_offsets: [L] int64, first token of each level.
+        positions: [L, D] added to the levels, or None.
+        deterministic: whether a kernel's gradient adds up in a fixed order; False is faster. PyTorch takes no notice.
 
     Returns:
-        [B, L, D] in the table's dtype.
+        [B, L, D] in the table's dtype. Gradients add up in fp32.
 
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: if the shapes disagree, or a code is beyond the table (read on a CPU and with OPS_DEBUG=1;
+            elsewhere such a code reads as zeros).
     """
     op = "semantic_id_embedding"
     checks.check_rank(op, "codes", codes, "B, L")
     checks.check_rank(op, "table", table, "num_tokens, D")
     checks.check_index_dtype(op, "codes", codes)
+    checks.check_index_dtype(op, "level_offsets", level_offsets)
     if level_offsets.shape != codes.shape[1:]:
         raise ValueError(
             f"ops.{op} expected level_offsets [{codes.shape[1]}] for codes {checks.shape_of(codes)}, "
             f"got {checks.shape_of(level_offsets)}."
         )
-    return _semantic_id_embedding(codes, table, level_offsets)
+    if positions is not None and positions.shape != (codes.shape[1], table.shape[1]):
+        raise ValueError(
+            f"ops.{op} expected positions [{codes.shape[1]}, {table.shape[1]}], got {checks.shape_of(positions)}."
+        )
+    checks.check_device(op, codes=codes, table=table, level_offsets=level_offsets, positions=positions)
+    checks.check_level_codes(op, codes, level_offsets, len(table))
+    if _runs_on_triton(table, positions):
+        from ops.triton.semantic_id_embedding import semantic_id_embedding as twin
+
+        return twin(codes, table, level_offsets, positions, deterministic)
+    if uses_cpu_path(table.device.type, None):
+        return _semantic_id_embedding_cpu(codes, table, level_offsets, positions, deterministic)
+    return _semantic_id_embedding(codes, table, level_offsets, positions, deterministic)
 
 
 def cross_entropy_small_vocab(
-    logits: Tensor, target: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    level_slice: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Cross-entropy of each row, in fp32.
 
     Args:
-        logits: [B, K].
-        target: [B] int64 in 0..K-1 or ignore_index.
-        ignore_index: rows with this target count 0.
-        label_smoothing: share of the target that is spread evenly over all K classes.
+        logits: [R, K].
+        target: [R] int64 in 0..K-1, counted from the slice's first column, or ignore_index.
+        ignore_index: rows with this target count 0 and pass no gradient.
+        label_smoothing: share of the target that is spread evenly over all classes of the slice.
+        level_slice: (begin, end) columns that take part, all others getting zero gradient. With P pairs, row r takes
+            pair r % P: logits [B * P, K] hold the P levels of every example one after the other.
 
     Returns:
-        [B] fp32 (fp64 for fp64 logits), not averaged.
+        [R] fp32 (fp64 for fp64 logits), not averaged.
 
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: if the shapes disagree, a slice lies outside the logits, R is no multiple of P, label_smoothing is
+            outside [0, 1], or a target is beyond its slice (read on a CPU and with OPS_DEBUG=1; elsewhere the
+            kernels give such a row the loss NaN).
     """
     op = "cross_entropy_small_vocab"
-    checks.check_rank(op, "logits", logits, "B, K")
+    checks.check_rank(op, "logits", logits, "R, K")
     checks.check_index_dtype(op, "target", target)
     if target.shape != logits.shape[:1]:
-        raise ValueError(f"ops.{op} expected target [{len(logits)}], got {checks.shape_of(target)}.")
-    return _cross_entropy_small_vocab(logits, target, ignore_index, label_smoothing)
+        raise ValueError(f"ops.{op} expected target [{logits.shape[0]}], got {checks.shape_of(target)}.")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"ops.{op} expected label_smoothing in [0, 1], got {label_smoothing}.")
+    checks.check_device(op, logits=logits, target=target)
+    slices = _slices(op, logits, level_slice)
+    for number, (begin, end) in enumerate(slices):
+        own = target[number :: len(slices)]
+        checks.check_index_range(op, "target", own, end - begin, allowed=ignore_index)
+    if _runs_on_triton(logits):
+        from ops.triton.cross_entropy_small_vocab import cross_entropy_small_vocab as twin
+
+        return twin(logits, target, ignore_index, label_smoothing, slices)
+    return _cross_entropy_small_vocab(logits, target, ignore_index, label_smoothing, slices)
+
+
+def _runs_on_triton(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors: float64 always goes to the reference."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return uses_triton(given[0].device.type) and all(tensor.dtype in _KERNEL_DTYPES for tensor in given)
+
+
+def _fits_norm_kernel(width: int) -> bool:
+    if width <= _MAX_NORM_WIDTH:
+        return True
+    say_once(
+        f"ops.add_rms_norm runs in PyTorch for rows of {width} elements: its kernels take up to {_MAX_NORM_WIDTH}."
+    )
+    return False
+
+
+def _slices(
+    op: str, logits: Tensor, level_slice: tuple[int, int] | Sequence[tuple[int, int]] | None
+) -> tuple[tuple[int, int], ...]:
+    num_rows, num_columns = logits.shape
+    if level_slice is None:
+        level_slice = (0, num_columns)
+    several = len(level_slice) > 0 and not isinstance(level_slice[0], int)
+    slices = cast(tuple[tuple[int, int], ...], tuple(level_slice) if several else (level_slice,))
+    if num_rows % len(slices) != 0:
+        raise ValueError(f"ops.{op} expected a multiple of {len(slices)} rows, one per slice, got {num_rows}.")
+    for pair in slices:
+        if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= num_columns:
+            raise ValueError(
+                f"ops.{op} expected level_slice as (begin, end) within the {num_columns} columns of logits, got {pair}."
+            )
+    return slices

@@ -5,13 +5,22 @@ draws the same mask again instead of reading it. Torch's own generator gives the
 checkpoints hold their state, and a CUDA graph gets new ones at every replay.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-_pool: list[Tensor] = []
+
+class _Pool(threading.local):
+    """Seeds that were drawn ahead; every thread has its own, so that none takes another's."""
+
+    def __init__(self) -> None:
+        self.seeds: list[Tensor] = []
+
+
+_pool = _Pool()
 
 
 @contextmanager
@@ -20,18 +29,20 @@ def dropout_seeds(count: int, device: torch.device) -> Iterator[None]:
 
     Ops beyond `count` draw their own.
     """
-    outer = _pool[:]
-    _pool[:] = reversed(_draw(count, device).split(1))
+    outer = _pool.seeds
+    # Every seed lies at a multiple of 16 bytes: for others Triton would compile each kernel a second time.
+    _pool.seeds = [pair[:1] for pair in reversed(_draw(2 * count, device).split(2))]
     try:
         yield
     finally:
-        _pool[:] = outer
+        _pool.seeds = outer
 
 
 def next_seed(device: torch.device) -> Tensor:
     """[1] int64 seed on `device` that no other op gets."""
-    if _pool and _pool[-1].device == device and not torch.compiler.is_compiling():
-        return _pool.pop()
+    # The compiler is asked first: it would compile anew for every length of the list that it sees.
+    if not torch.compiler.is_compiling() and _pool.seeds and _pool.seeds[-1].device == device:
+        return _pool.seeds.pop()
     return _draw(1, device)
 
 

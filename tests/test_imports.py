@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "ops": {"ops"},
     "modules": {"modules", "ops"},
-    "training": {"training"},
+    "training": {"training", "ops"},
     "evaluation": {"evaluation", "modules", "ops"},
     "reports": {"reports", "evaluation", "modules", "ops"},
 }

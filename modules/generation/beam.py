@@ -50,6 +50,27 @@ def beam_search(
     Raises:
         InputError: if a logit is NaN or infinite, or the model has fewer codes than the trie.
     """
+    item_ids, scores, broken = search_beams(model, batch, trie, beam_width, node_allowed)
+    raise_if_broken(broken)
+    return item_ids, scores
+
+
+@torch.no_grad()
+def search_beams(
+    model: StepModel,
+    batch: TokenizedSeqBatch,
+    trie: PrefixTrie,
+    beam_width: int,
+    node_allowed: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`beam_search` without a look at the device: a function of tensors that a CUDA graph can record.
+
+    Returns:
+        item_ids and scores as `beam_search` gives them, and broken [L, B] bool for `raise_if_broken`.
+
+    Raises:
+        InputError: if the model has fewer codes than the trie.
+    """
     state = model.start(batch)
     nodes = torch.zeros(len(batch), 1, dtype=torch.int64, device=trie.device)
     scores = torch.zeros(len(batch), 1, device=trie.device)
@@ -65,8 +86,7 @@ def beam_search(
         parents, codes, nodes, scores = ops.trie_topk_step(
             logits, nodes, scores, row_ptr, edge_codes, beam_width=width, node_allowed=allowed
         )
-    _raise_if_broken(torch.stack(broken))
-    return _ranked_items(trie, nodes, scores, beam_width)
+    return *_ranked_items(trie, nodes, scores, beam_width), torch.stack(broken)
 
 
 def _ranked_items(trie: PrefixTrie, leaves: Tensor, scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -86,8 +106,15 @@ def _check_num_codes(logits: Tensor, trie: PrefixTrie, level: int) -> None:
         )
 
 
-def _raise_if_broken(broken: Tensor) -> None:
-    """Raise when a row of a level is flagged in `broken` [L, B]; one look at the device for the whole search."""
+def raise_if_broken(broken: Tensor) -> None:
+    """Wait for the device once, and raise if a level of a row is flagged.
+
+    Args:
+        broken: [L, B] from `search_beams`.
+
+    Raises:
+        InputError: for the first one.
+    """
     places = broken.nonzero()
     if len(places) == 0:
         return

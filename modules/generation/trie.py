@@ -75,6 +75,6 @@ class PrefixTrie:
 
 def _any_child(child_flags: Tensor, row_ptr: Tensor) -> Tensor:
     """For every node, whether one of its children (a run of `child_flags`' last axis) is flagged."""
-    parents = torch.repeat_interleave(row_ptr.diff())
+    parents = torch.repeat_interleave(row_ptr.diff(), output_size=child_flags.shape[-1])
     num_flagged = child_flags.new_zeros((*child_flags.shape[:-1], len(row_ptr) - 1), dtype=torch.int32)
     return num_flagged.index_add_(-1, parents, child_flags.int()) > 0

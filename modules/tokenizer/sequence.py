@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from data.schemas import InputError, SeqBatch, TokenizedSeqBatch
+import ops
+from data.schemas import NO_TARGET, InputError, SeqBatch, TokenizedSeqBatch
 from modules.tokenizer.vocabulary import CodeVocabulary
 
 
 class SequenceTokenizer(nn.Module):
     """Writes every history as [user token] then, per item, its codes [and a separator], without a loop over rows.
+
+    Its buffers have to be on the device of the batches; then nothing waits for that device.
 
     Args:
         semantic_ids: [N, L] int64 codes of the catalogue, the dedup code included.
@@ -19,7 +22,7 @@ class SequenceTokenizer(nn.Module):
         InputError: if the codes do not fit the language's levels.
     """
 
-    semantic_ids: Tensor
+    target_codes: Tensor
     item_tokens: Tensor
 
     def __init__(self, semantic_ids: Tensor, vocabulary: CodeVocabulary, *, language: str = "text") -> None:
@@ -31,44 +34,31 @@ class SequenceTokenizer(nn.Module):
         if vocabulary.separator_token is not None:
             separators = torch.full_like(item_tokens[:, :1], vocabulary.separator_token)
             item_tokens = torch.cat([item_tokens, separators], dim=1)
-        self.register_buffer("semantic_ids", semantic_ids, persistent=False)
+        # One row more, which the index NO_TARGET (-1) finds.
+        target_codes = torch.nn.functional.pad(semantic_ids, (0, 0, 0, 1), value=NO_TARGET)
+        self.register_buffer("target_codes", target_codes, persistent=False)
         self.register_buffer("item_tokens", item_tokens, persistent=False)
 
     def forward(self, batch: SeqBatch) -> TokenizedSeqBatch:
-        """Tokens of a batch, on the batch's device; rows may be empty.
+        """Tokens of a batch; rows may be empty, and the batch may be of fixed capacity.
 
         Returns:
             tokens with boundaries, and target_codes [B, L] where the batch has targets.
         """
-        item_tokens = self.item_tokens.to(batch.item_ids.device)
-        tokens_per_item = item_tokens.shape[1]
-        tokens = item_tokens[batch.item_ids]
-        if self.vocabulary.num_user_buckets == 0:
-            packed, offsets, tokens_per_user = tokens.flatten(), batch.offsets * tokens_per_item, 0
-        else:
-            packed, offsets = self._with_user_tokens(tokens, batch)
-            tokens_per_user = 1
-        targets = batch.targets
+        tokens_per_item = self.item_tokens.shape[1]
+        tokens, offsets = self.item_tokens[batch.item_ids].flatten(), batch.offsets * tokens_per_item
+        max_len = batch.max_len * tokens_per_item
+        if self.vocabulary.num_user_buckets > 0:
+            users = torch.arange(len(batch) + 1, dtype=torch.int32, device=offsets.device)
+            parts = self.vocabulary.user_tokens(batch.user_hashes), tokens
+            tokens, offsets = ops.jagged_concat(parts, (users, offsets))
+            max_len += 1
         return TokenizedSeqBatch(
-            tokens=packed,
+            tokens=tokens,
             offsets=offsets,
-            max_len=batch.max_len * tokens_per_item + tokens_per_user,
-            target_codes=None if targets is None else self.semantic_ids.to(targets.device)[targets],
+            max_len=max_len,
+            target_codes=None if batch.targets is None else self.target_codes[batch.targets],
         )
-
-    def _with_user_tokens(self, tokens: Tensor, batch: SeqBatch) -> tuple[Tensor, Tensor]:
-        """[T, tokens per item] -> packed tokens with one user token before each row, and their offsets."""
-        num_items, tokens_per_item = tokens.shape
-        rows = torch.arange(len(batch), device=tokens.device)
-        row_of_item = torch.repeat_interleave(rows, batch.offsets.diff(), output_size=num_items)
-        offsets = batch.offsets * tokens_per_item
-        offsets = offsets + torch.arange(len(offsets), dtype=torch.int32, device=offsets.device)
-        packed = tokens.new_empty(num_items * tokens_per_item + len(batch))
-        packed[offsets[:-1].long()] = self.vocabulary.user_tokens(batch.user_hashes)
-        items = torch.arange(num_items, device=tokens.device)
-        first = items * tokens_per_item + row_of_item + 1
-        packed[first[:, None] + torch.arange(tokens_per_item, device=tokens.device)] = tokens
-        return packed, offsets
 
 
 def _check_semantic_ids(semantic_ids: Tensor, vocabulary: CodeVocabulary, language: str) -> None:

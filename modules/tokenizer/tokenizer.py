@@ -8,11 +8,9 @@ import tempfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from modules.tokenizer.artifact_folder import (
     write_artifact,
     write_json,
 )
+from modules.tokenizer.assign import FeatureMatrix, assign_codes
 from modules.tokenizer.collisions import (
     check_codes,
     check_dedup_capacity,
@@ -41,21 +40,10 @@ from modules.tokenizer.model_card import model_card
 KIND = "semantic-id tokenizer"
 FORMAT_VERSION = 1
 
-_ROWS = 1024
-"""Rows encoded at once. Blocks are filled up to it, so that an item gets the same codes alone and among others."""
-
 _LANGUAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
-class FeatureMatrix(Protocol):
-    """A [N, D] matrix read in slices of rows: a Tensor, an array, or a memory map."""
-
-    @property
-    def shape(self) -> Any:
-        """(N, D)."""
-
-    def __getitem__(self, rows: slice, /) -> Any:
-        """Some of the rows."""
+_ENCODER_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class SemanticIdTokenizer:
@@ -122,6 +110,7 @@ class SemanticIdTokenizer:
         feature_description: Mapping[str, Any],
         dataset_manifest_hash: str,
         dedup_size: int | None = None,
+        encoder_dtype: str = "float32",
         metrics: Mapping[str, float] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> "SemanticIdTokenizer":
@@ -136,12 +125,14 @@ class SemanticIdTokenizer:
             dataset_manifest_hash: of the prepared dataset; kept in the manifest.
             dedup_size: codes to reserve for the dedup level; by default the power of two that is at least twice what
                 these items need, and at least 4. Give an earlier tokenizer's to keep its level sizes.
+            encoder_dtype: float32; float16 or bfloat16 run the encoder faster where the device has tensor cores, and
+                give another code where two are almost equally near. Kept in the manifest for `encode`.
             metrics: further numbers for manifest and card, such as the reconstruction error.
             provenance: further facts for the manifest, such as the commit.
 
         Raises:
-            InputError: if features are not finite or of another shape, or more items share their codes than the
-                dedup level can hold.
+            InputError: if features are not finite or of another shape, more items share their codes than the
+                dedup level can hold, or the encoder's dtype is unknown.
         """
         if features.shape[0] != len(catalogue):
             raise InputError(
@@ -149,7 +140,7 @@ class SemanticIdTokenizer:
                 f"{features.shape[0]} rows. Rebuild the item features for this dataset."
             )
         frozen = copy.deepcopy(rqvae).float().eval().requires_grad_(False)
-        codes = _encode(frozen, features)
+        codes = assign_codes(frozen, features, encoder_dtype=_encoder_dtype(encoder_dtype)).cpu()
         health = codebook_health(codes, rqvae.config.codebook_sizes)
         dedup = dedup_codes(codes)
         dedup_size = dedup_capacity(int(dedup.max()) + 1) if dedup_size is None else dedup_size
@@ -159,6 +150,7 @@ class SemanticIdTokenizer:
             "dataset_manifest_hash": dataset_manifest_hash,
             "metrics": {**health.as_metrics(), **(metrics or {})},
             "provenance": dict(provenance or {}),
+            "encoder_dtype": encoder_dtype,
         }
         semantic_ids = torch.cat([codes, dedup[:, None]], dim=1)
         level_sizes = (*rqvae.config.codebook_sizes, dedup_size)
@@ -177,7 +169,8 @@ class SemanticIdTokenizer:
         Raises:
             InputError: if features are not finite or of another width.
         """
-        return _encode(self.rqvae, features)
+        encoder_dtype = _encoder_dtype(self.manifest.get("encoder_dtype", "float32"))
+        return assign_codes(self.rqvae, features, encoder_dtype=encoder_dtype).cpu()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artifact, whole or not at all; an older tokenizer artifact at that place is replaced.
@@ -284,32 +277,10 @@ def _only_language(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str,
     return next(iter(languages.items()))
 
 
-@torch.no_grad()
-def _encode(rqvae: RqVae, features: FeatureMatrix) -> Tensor:
-    rqvae.check_width(tuple(features.shape))
-    device = next(rqvae.parameters()).device
-    codes = torch.empty(features.shape[0], len(rqvae.quantizers), dtype=torch.int64)
-    for begin in range(0, len(codes), _ROWS):
-        block = _to_tensor(features[begin : begin + _ROWS])
-        _check_finite(block, begin)
-        full = F.pad(block, (0, 0, 0, _ROWS - len(block))).to(device)
-        with torch.autocast(device.type, enabled=False):
-            codes[begin : begin + len(block)] = rqvae.semantic_ids(full)[: len(block)].cpu()
-    return codes
-
-
-def _to_tensor(block: Any) -> Tensor:
-    # numpy copies, since torch cannot hold the read-only pages of a memory map.
-    return block.float() if isinstance(block, Tensor) else torch.from_numpy(np.array(block, dtype=np.float32))
-
-
-def _check_finite(block: Tensor, begin: int) -> None:
-    broken = (~block.isfinite()).any(dim=-1).nonzero()[:, 0]
-    if len(broken):
-        raise InputError(
-            f"item features expected finite values, got NaN or infinity in row {begin + int(broken[0])}. "
-            "Rebuild the item features."
-        )
+def _encoder_dtype(name: str) -> torch.dtype:
+    if name not in _ENCODER_DTYPES:
+        raise InputError(f"encoder_dtype expected one of {', '.join(_ENCODER_DTYPES)}, got {name!r}.")
+    return _ENCODER_DTYPES[name]
 
 
 def _state(rqvae: RqVae) -> dict[str, Tensor]:

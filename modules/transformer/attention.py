@@ -4,11 +4,15 @@ Scores are scaled by head_dim ** -0.5. T5 leaves the factor out and folds it int
 two start out equal, but AdamW moves all weights at one pace, for which unscaled queries would be eight times too fast.
 """
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 import ops
+from modules.transformer.beam_cache import BeamCache
 from modules.transformer.rows import Rows
 from modules.transformer.sizes import StackSizes
 
@@ -36,8 +40,16 @@ class RelativeBias(nn.Module):
 
     def of_last(self, num_positions: int) -> Tensor:
         """[H, num_positions] bias of the last position's query towards all positions."""
-        buckets = ops.relative_buckets(num_positions, num_positions, len(self.table), self.max_distance, self.causal)
-        return self.table[buckets[-1].to(self.table.device)].t()
+        buckets = _buckets_of_last(num_positions, len(self.table), self.max_distance, self.causal, self.table.device)
+        return self.table[buckets].t()
+
+
+@functools.lru_cache(maxsize=64)
+def _buckets_of_last(
+    num_positions: int, num_buckets: int, max_distance: int, causal: bool, device: torch.device
+) -> Tensor:
+    """Remembered on the device: copying them there at every use would make its host wait."""
+    return ops.relative_buckets(num_positions, num_positions, num_buckets, max_distance, causal)[-1].to(device)
 
 
 class SelfAttention(nn.Module):
@@ -63,12 +75,13 @@ class SelfAttention(nn.Module):
         )
         return self.out(rearrange(attended, "t h d -> t (h d)"))
 
-    def step(self, x: Tensor, keys: list[Tensor], values: list[Tensor], ancestors: Tensor, bias: Tensor) -> Tensor:
-        """[B, W, D] newest positions -> [B, W, D]; their keys and values are appended to the cache."""
-        q, k, v = rearrange(self.qkv(x), "b w (three h d) -> three b w h d", three=3, h=self.num_heads)
-        keys.append(k)
-        values.append(v)
-        attended = ops.beam_self_attention(q, keys, values, ancestors, scale=self.scale, bias=bias)
+    def step(self, x: Tensor, beams: BeamCache, layer: int) -> Tensor:
+        """[B, W, D] newest positions -> [B, W, D]; their keys and values are added to the cache."""
+        weight_q, weight_kv = self.qkv.weight.tensor_split([len(self.qkv.weight) // 3])
+        q = rearrange(F.linear(x, weight_q), "b w (h d) -> b w h d", h=self.num_heads)
+        attended = ops.beam_self_attention(
+            q, beams.write_(layer, x, weight_kv), beams.ancestors, scale=self.scale, bias=beams.bias
+        )
         return self.out(rearrange(attended, "b w h d -> b w (h d)"))
 
 

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modules.transformer.attention import CrossAttention, RelativeBias, SelfAttention
+from modules.transformer.beam_cache import BeamCache
 from modules.transformer.layers import AddNorm, FeedForward, FinalNorm
 from modules.transformer.rows import Rows
 from modules.transformer.sizes import StackSizes
@@ -23,31 +24,17 @@ class DecoderState:
     Attributes:
         cross_kv: [layers, T, 2, H, D] keys and values of the encoded rows.
         encoded_rows: their B rows.
-        keys, values: per layer, one [B, W_s, H, D] per step s.
-        ancestors: [B, W, steps] int64 slots of each beam's ancestors, its own slot last.
+        beams: keys and values of the steps so far, and the ancestry of the beams.
     """
 
     cross_kv: Tensor
     encoded_rows: Rows
-    keys: list[list[Tensor]]
-    values: list[list[Tensor]]
-    ancestors: Tensor
+    beams: BeamCache
 
     @property
     def num_rows(self) -> int:
         """B."""
         return len(self.encoded_rows)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps taken so far."""
-        return self.ancestors.shape[2]
-
-    def advance_(self, parents: Tensor) -> None:
-        """Extend the ancestry: beam w of the next step follows beam parents[:, w] ([B, W] int64) of the last one."""
-        inherited = self.ancestors.gather(1, parents[:, :, None].expand(-1, -1, self.num_steps))
-        own = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
-        self.ancestors = torch.cat([inherited, own[:, :, None]], dim=2)
 
 
 class DecoderLayer(nn.Module):
@@ -71,15 +58,13 @@ class DecoderLayer(nn.Module):
         x, residual = self.feed_forward_norm(self.cross_attention(x, rows, kv, encoded_rows), residual)
         return self.feed_forward(x), residual
 
-    def step(
-        self, x: Tensor, residual: Tensor | None, state: DecoderState, layer: int, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, residual: Tensor | None, state: DecoderState, layer: int) -> tuple[Tensor, Tensor]:
         """As `forward`, on [B * W, D] newest positions of the beams."""
-        num_rows, num_beams, _ = state.ancestors.shape
+        num_rows, num_beams, _ = state.beams.ancestors.shape
         unpack = partial(rearrange, pattern="(b w) d -> b w d", b=num_rows, w=num_beams)
         pack = partial(rearrange, pattern="b w d -> (b w) d")
         x, residual = self.attention_norm(x, residual)
-        x = self.attention.step(unpack(x), state.keys[layer], state.values[layer], state.ancestors, bias)
+        x = self.attention.step(unpack(x), state.beams, layer)
         x, residual = self.cross_attention_norm(pack(x), residual)
         x = self.cross_attention.step(unpack(x), state.cross_kv[layer], state.encoded_rows)
         x, residual = self.feed_forward_norm(pack(x), residual)
@@ -116,28 +101,38 @@ class Decoder(nn.Module):
         """
         rows = Rows.of_one_length(*x.shape[:2], device=x.device)
         y, residual = rearrange(x, "b l d -> (b l) d"), None
-        for layer, weight in zip(self.layers, self.cross_kv, strict=True):
-            # One product per layer: its gradient then needs no [layers, T, 2, H, D] buffer.
-            kv = rearrange(F.linear(encoded, weight), "t (two h d) -> t two h d", two=2, h=self.num_heads)
+        cross_kv = self._cross_kv(encoded, one_product=encoded.device.type != "cpu")
+        for layer, kv in zip(self.layers, cross_kv, strict=True):
             y, residual = layer(y, residual, rows, self.bias, kv, encoded_rows)
         return self.final_norm(y, residual).view(x.shape)
 
-    def start(self, encoded: Tensor, encoded_rows: Rows) -> DecoderState:
-        """Cross keys and values of all layers in one product, and an empty cache."""
+    def _cross_kv(self, encoded: Tensor, *, one_product: bool) -> Iterable[Tensor]:
+        """[T, 2, H, D] keys and values for every layer.
+
+        One product saves launches. A processor projects a layer when it is its turn, which is faster: keys and values
+        lie together then, and are still in cache, as are their gradients.
+        """
+        if one_product:
+            products = F.linear(encoded, self.cross_kv.flatten(0, 1))
+            layers = len(self.cross_kv)
+            yield from rearrange(products, "t (l two h d) -> l t two h d", l=layers, two=2, h=self.num_heads).unbind()
+        else:
+            for weight in self.cross_kv:
+                yield rearrange(F.linear(encoded, weight), "t (two h d) -> t two h d", two=2, h=self.num_heads)
+
+    def start(self, encoded: Tensor, encoded_rows: Rows, *, num_steps: int) -> DecoderState:
+        """Cross keys and values of all layers in one product, and an empty cache for `num_steps` steps."""
         products = torch.matmul(encoded, rearrange(self.cross_kv, "layers kv d -> layers d kv"))
         num_layers = len(self.layers)
         return DecoderState(
             cross_kv=rearrange(products, "layers t (two h d) -> layers t two h d", two=2, h=self.num_heads),
             encoded_rows=encoded_rows,
-            keys=[[] for _ in range(num_layers)],
-            values=[[] for _ in range(num_layers)],
-            ancestors=torch.zeros(len(encoded_rows), 1, 0, dtype=torch.int64, device=encoded.device),
+            beams=BeamCache(len(encoded_rows), num_layers, self.bias.of_last(num_steps)),
         )
 
     def step(self, state: DecoderState, x: Tensor) -> Tensor:
         """[B, W, D] embeddings of the newest position of the beams, whose ancestry is in `state` -> [B, W, D]."""
-        bias = self.bias.of_last(state.num_steps)
         y, residual = rearrange(x, "b w d -> (b w) d"), None
         for index, layer in enumerate(cast("Iterable[DecoderLayer]", self.layers)):
-            y, residual = layer.step(y, residual, state, index, bias)
+            y, residual = layer.step(y, residual, state, index)
         return self.final_norm(y, residual).view(x.shape)

@@ -30,15 +30,13 @@ class _Layout:
     """Where heads lie in packed tensors [T, slots, H, D]: q, k, v in one, or q beside k, v.
 
     Attributes:
-        num_q, num_k: packed queries and keys.
+        num_q, num_k: packed queries and keys, those behind the last row included.
         q_slots, kv_slots: 3 and 3, or 1 and 2.
         causal: part of a plan because it hides pairs.
     """
 
     num_q: int
     num_k: int
-    max_q: int
-    max_k: int
     q_slots: int
     kv_slots: int
     num_heads: int
@@ -90,11 +88,24 @@ class _Group:
     hidden: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Groups that cover all rows.
+
+    Attributes:
+        used_q, used_k: packed queries and keys that groups write to; those from here on belong to no row.
+    """
+
+    groups: list[_Group]
+    used_q: int
+    used_k: int
+
+
 def _heads(tokens: Tensor, valid: Tensor | None, num_tokens: int, num_heads: int, slots: int, slot: int) -> _Heads:
     """Heads of `tokens` [b, n] in one slot."""
 
     def rows(tokens: Tensor) -> Tensor:
-        heads = torch.arange(slot * num_heads, (slot + 1) * num_heads, device=tokens.device)
+        heads = torch.arange(slot * num_heads, (slot + 1) * num_heads)
         return (tokens[:, None, :] * (slots * num_heads) + heads[:, None]).flatten()
 
     block = (len(tokens) * num_heads, tokens.shape[1])
@@ -105,12 +116,11 @@ def _heads(tokens: Tensor, valid: Tensor | None, num_tokens: int, num_heads: int
 
 
 def _positions(offsets: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-    """Packed tokens [b, n] of some rows, and which of them exist; None where the caller may rely on all."""
+    """Packed tokens [b, n] of some rows, and which of them exist; None if all do."""
     begins, lengths = offsets[:-1][rows].long(), offsets.diff()[rows]
-    position = torch.arange(width, device=offsets.device)
+    position = torch.arange(width)
     valid = position < lengths[:, None]
-    exact = offsets.device.type == "cpu" and bool(valid.all())
-    return begins[:, None] + position, None if exact else valid
+    return begins[:, None] + position, None if bool(valid.all()) else valid
 
 
 def _group(offsets_q: Tensor, offsets_k: Tensor, rows: Tensor, max_q: int, max_k: int, layout: _Layout) -> _Group:
@@ -120,7 +130,7 @@ def _group(offsets_q: Tensor, offsets_k: Tensor, rows: Tensor, max_q: int, max_k
     kv = (tokens_k, valid_k, layout.num_k, layout.num_heads)
     hidden = None if valid_k is None else ~valid_k[:, None, None, :]
     if layout.causal:
-        future = torch.ones(max_q, max_k, dtype=torch.bool, device=rows.device).triu_(1)
+        future = torch.ones(max_q, max_k, dtype=torch.bool).triu_(1)
         hidden = future if hidden is None else hidden | future
     return _Group(
         num_queries=max_q,
@@ -135,7 +145,7 @@ def _group(offsets_q: Tensor, offsets_k: Tensor, rows: Tensor, max_q: int, max_k
 
 
 def _row_groups(lengths_q: Tensor, lengths_k: Tensor) -> list[Tensor]:
-    """Row numbers of every group, for lengths on the CPU."""
+    """Row numbers of every group."""
     keys, order = (lengths_k.long() * (int(lengths_q.max()) + 1) + lengths_q).sort(descending=True)
     _, sizes = keys.unique_consecutive(return_counts=True)
     if len(sizes) <= _MAX_EXACT_GROUPS:
@@ -148,46 +158,32 @@ def _row_groups(lengths_q: Tensor, lengths_k: Tensor) -> list[Tensor]:
     return list(order.tensor_split(starts[1:]))
 
 
-def _plan(offsets_q: Tensor, offsets_k: Tensor, layout: _Layout) -> list[_Group]:
-    """Groups that cover all rows. Lengths on a GPU are not read: all rows form one padded group there."""
-    num_rows = len(offsets_q) - 1
-    if num_rows == 0 or layout.num_q == 0 or layout.num_k == 0:
-        return []
-    if offsets_q.device.type != "cpu":
-        rows = torch.arange(num_rows, device=offsets_q.device)
-        return [_group(offsets_q, offsets_k, rows, layout.max_q, layout.max_k, layout)]
+def _plan(offsets_q: Tensor, offsets_k: Tensor, layout: _Layout) -> _Plan:
+    if len(offsets_q) == 1 or layout.num_q == 0 or layout.num_k == 0:
+        return _Plan([], 0, 0)
     lengths_q, lengths_k = offsets_q.diff(), offsets_k.diff()
-    return [
+    groups = [
         _group(offsets_q, offsets_k, rows, int(lengths_q[rows].max()), int(lengths_k[rows].max()), layout)
         for rows in _row_groups(lengths_q, lengths_k)
     ]
+    return _Plan(groups, int(offsets_q[-1]), int(offsets_k[-1]))
 
 
 class _PlanMemo:
     """The latest plans, so that the layers of a stack share one."""
 
     def __init__(self) -> None:
-        self._entries: tuple[tuple[Any, list[_Group], tuple[Tensor, Tensor]], ...] = ()
+        self._entries: tuple[tuple[Any, _Plan], ...] = ()
 
-    def __call__(self, offsets_q: Tensor, offsets_k: Tensor, layout: _Layout) -> list[_Group]:
-        key = (_identity(offsets_q), _identity(offsets_k), layout)
+    def __call__(self, offsets_q: Tensor, offsets_k: Tensor, layout: _Layout) -> _Plan:
+        key = (offsets_q.numpy().tobytes(), offsets_k.numpy().tobytes(), layout)
         entries = self._entries  # replaced, never changed: another thread may be reading them
-        for known_key, plan, _ in entries:
+        for known_key, plan in entries:
             if known_key == key:
                 return plan
         plan = _plan(offsets_q, offsets_k, layout)
-        self._entries = ((key, plan, (offsets_q, offsets_k)), *entries[: _MAX_PLANS - 1])
+        self._entries = ((key, plan), *entries[: _MAX_PLANS - 1])
         return plan
-
-
-def _identity(offsets: Tensor) -> Any:
-    """Equal for equal offsets: their values on the CPU; on a GPU, where reading them would block, tensor and version.
-
-    The memo keeps the tensor alive, so that no other gets its id.
-    """
-    if offsets.device.type == "cpu":
-        return offsets.numpy().tobytes()
-    return id(offsets), object() if offsets.is_inference() else offsets._version
 
 
 _plan_of = _PlanMemo()
@@ -211,13 +207,13 @@ class _JaggedAttention(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor | None, kv: Tensor, bias_table: Tensor | None, plan: list[_Group], options: _Options
+        ctx: Any, q: Tensor | None, kv: Tensor, bias_table: Tensor | None, plan: _Plan, options: _Options
     ) -> Tensor:
         packed_q = kv if q is None else q
-        out = _buffer((len(packed_q), 1, *kv.shape[2:]), kv, plan)
+        out = _buffer((len(packed_q), 1, *kv.shape[2:]), kv, plan.used_q)
         bias = None if bias_table is None else bias_table[_buckets(bias_table, plan, options)].permute(2, 0, 1)
         saved: list[Tensor | None] = []
-        for group in plan:
+        for group in plan.groups:
             block_q = group.q.take(packed_q)
             block_k, block_v = group.k.take(kv), group.v.take(kv)
             probabilities = _probabilities(block_q, block_k, bias, group, options)
@@ -238,10 +234,10 @@ class _JaggedAttention(Function):
         if options.dropout_p > 0.0:
             grad_out = grad_out * (1.0 / (1.0 - options.dropout_p))
         grad_out = grad_out.contiguous()[:, None]
-        grad_kv = _buffer(ctx.kv_shape, grad_out, plan)
-        grad_q = grad_kv if ctx.q_shape is None else _buffer(ctx.q_shape, grad_out, plan)
+        grad_kv = _buffer(ctx.kv_shape, grad_out, plan.used_k)
+        grad_q = grad_kv if ctx.q_shape is None else _buffer(ctx.q_shape, grad_out, plan.used_q)
         grad_bias = None if bias_table is None else bias_table.new_zeros(options.num_heads, *_extent(plan))
-        for index, group in enumerate(plan):
+        for index, group in enumerate(plan.groups):
             block_q, block_k, block_v, probabilities, keep = saved[5 * index : 5 * index + 5]
             block_grad = group.out.take(grad_out)
             if group.missing is not None:
@@ -265,21 +261,24 @@ class _JaggedAttention(Function):
         return None if ctx.q_shape is None else grad_q[:-1], grad_kv[:-1], grad_table, None, None
 
 
-def _buffer(shape: tuple[int, ...], like: Tensor, plan: list[_Group]) -> Tensor:
-    """[T + 1, ...] with a spare last token. Groups write every other token; without groups all is zero."""
-    shape = (shape[0] + 1, *shape[1:])
-    return like.new_empty(shape) if plan else like.new_zeros(shape)
+def _buffer(shape: tuple[int, ...], like: Tensor, num_used: int) -> Tensor:
+    """[T + 1, ...] whose first tokens groups will write, and zeros; the last token is a spare one."""
+    buffer = like.new_empty(shape[0] + 1, *shape[1:])
+    buffer[num_used:] = 0.0
+    return buffer
 
 
-def _extent(plan: list[_Group]) -> tuple[int, int]:
+def _extent(plan: _Plan) -> tuple[int, int]:
     """Most queries and most keys of any group."""
-    return max((group.num_queries for group in plan), default=0), max((group.num_keys for group in plan), default=0)
+    return (
+        max((group.num_queries for group in plan.groups), default=0),
+        max((group.num_keys for group in plan.groups), default=0),
+    )
 
 
-def _buckets(bias_table: Tensor, plan: list[_Group], options: _Options) -> Tensor:
+def _buckets(bias_table: Tensor, plan: _Plan, options: _Options) -> Tensor:
     """[nq, nk] of the longest rows; shorter rows use its upper left corner."""
-    buckets = relative_buckets(*_extent(plan), len(bias_table), options.max_distance, options.causal)
-    return buckets.to(bias_table.device)
+    return relative_buckets(*_extent(plan), len(bias_table), options.max_distance, options.causal)
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, group: _Group, options: _Options) -> Tensor:
@@ -315,10 +314,13 @@ def jagged_attention(
     causal: bool,
     dropout_p: float,
 ) -> Tensor:
-    """See `ops.jagged_attention` and, with q None and kv [T, 3, H, D], `ops.jagged_self_attention`."""
+    """See `ops.jagged_attention` and, with q None and kv [T, 3, H, D], `ops.jagged_self_attention`.
+
+    Groups are as long as their longest row, whatever `max_q` and `max_k` allow.
+    """
     num_k, kv_slots, num_heads, _ = kv.shape
     num_q, q_slots = (num_k, kv_slots) if q is None else (len(q), 1)
-    layout = _Layout(num_q, num_k, max_q, max_k, q_slots, kv_slots, num_heads, causal)
+    layout = _Layout(num_q, num_k, q_slots, kv_slots, num_heads, causal)
     return _JaggedAttention.apply(
         None if q is None else q.contiguous()[:, None],
         kv.contiguous(),

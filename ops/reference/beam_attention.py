@@ -1,40 +1,28 @@
-"""Attention of beams over their ancestors during generation."""
-
-from collections.abc import Iterator, Sequence
+"""Attention of beams, over their row's keys and over their ancestors, during generation."""
 
 import torch
 from torch import Tensor
 
+from ops.reference.jagged_to_padded import jagged_to_padded, row_mask
 
-def beam_self_attention(
-    q: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    ancestors: Tensor,
-    scale: float,
-    bias: Tensor | None,
-) -> Tensor:
-    """See `ops.beam_self_attention`.
 
-    With one query per beam and a handful of steps there is nothing to multiply as matrices: each step's keys and values
-    are gathered once, and used while they are in cache.
-    """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q_wide = q.to(dtype)
-    scores = torch.stack([(q_wide * k).sum(-1) for k in _of_ancestors(keys, ancestors)], dim=-1) * scale
+def beam_cross_attention(q: Tensor, kv: Tensor, offsets_k: Tensor, max_k: int, scale: float) -> Tensor:
+    """See `ops.beam_cross_attention`."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = jagged_to_padded(kv, offsets_k, max_k, 0.0).unbind(2)
+    visible = row_mask(offsets_k, max_k)[:, None, None, :]
+    scores = torch.einsum("bwhd,bkhd->bhwk", q, keys).to(wide) * scale
+    probabilities = scores.masked_fill(~visible, torch.finfo(wide).min).softmax(-1).masked_fill(~visible, 0.0)
+    return torch.einsum("bhwk,bkhd->bwhd", probabilities.to(values.dtype), values)
+
+
+def beam_self_attention(q: Tensor, cache: Tensor, ancestors: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """See `ops.beam_self_attention`. Products are not matrix products, which autocast would narrow."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    steps = torch.arange(ancestors.shape[2], device=q.device)
+    rows = torch.arange(len(q), device=q.device)[:, None, None]
+    keys, values = cache[steps, rows, ancestors].to(wide).unbind(3)  # [B, W, steps, H, D]
+    scores = (q.to(wide)[:, :, None] * keys).sum(-1) * scale
     if bias is not None:
-        scores = scores + bias
-    probabilities = scores.softmax(dim=-1)
-    out = torch.zeros_like(q_wide)
-    for step, v in enumerate(_of_ancestors(values, ancestors)):
-        out.addcmul_(probabilities[..., step, None], v.to(dtype))
-    return out.to(q.dtype)
-
-
-def _of_ancestors(cache: Sequence[Tensor], ancestors: Tensor) -> Iterator[Tensor]:
-    """For every step, [B, W, H, D]: what each beam's own ancestor left there."""
-    num_rows, num_beams, _ = ancestors.shape
-    rows = torch.arange(num_rows, device=ancestors.device)[:, None]
-    for step, entry in enumerate(cache):
-        slots = rows * entry.shape[1] + ancestors[:, :, step]
-        yield entry.flatten(0, 1).index_select(0, slots.flatten()).view(num_rows, num_beams, *entry.shape[2:])
+        scores = scores + bias.t()
+    return (scores.softmax(2)[..., None] * values).sum(2).to(q.dtype)

@@ -19,6 +19,6 @@ def codebook_stats(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Te
         counts [K] int64 and sums [K, D]; both are zero for a code without rows.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    counts = torch.bincount(codes, minlength=num_codes)
+    counts = codes.new_zeros(num_codes).index_add_(0, codes, torch.ones_like(codes))
     sums = torch.zeros(num_codes, x.shape[1], dtype=dtype, device=x.device).index_add_(0, codes, x.to(dtype))
     return counts, sums

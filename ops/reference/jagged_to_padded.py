@@ -11,26 +11,24 @@ def row_mask(offsets: Tensor, max_len: int) -> Tensor:
 
 def row_of_token(offsets: Tensor, num_tokens: int) -> Tensor:
     """[T] int64 row of every token; B for tokens behind the last boundary, which belong to no row."""
-    tokens = torch.arange(num_tokens, dtype=offsets.dtype, device=offsets.device)
-    return torch.bucketize(tokens, offsets[1:], right=True)
+    lengths = torch.nn.functional.pad(offsets, (0, 1), value=num_tokens).diff()
+    rows = torch.arange(offsets.shape[0], device=offsets.device)
+    return torch.repeat_interleave(rows, lengths, output_size=num_tokens)
 
 
 def jagged_to_padded(x: Tensor, offsets: Tensor, max_len: int, pad: float) -> Tensor:
     """See `ops.jagged_to_padded`."""
-    shape = (len(offsets) - 1, max_len, *x.shape[1:])
-    if len(x) == 0:
-        return x.new_full(shape, pad)
     tokens = offsets[:-1, None].long() + torch.arange(max_len, device=x.device)
-    mask = row_mask(offsets, max_len).view(*shape[:2], *[1] * (x.dim() - 1))
-    return torch.where(mask, x[tokens.clamp(max=len(x) - 1)], pad)
+    last = x.shape[0]  # of the tokens with one more, the padding
+    with_padding = torch.cat([x, x.new_full((1, *x.shape[1:]), pad)])
+    return with_padding[torch.where(row_mask(offsets, max_len), tokens, last)]
 
 
 def padded_to_jagged(x: Tensor, offsets: Tensor, num_tokens: int) -> Tensor:
     """See `ops.padded_to_jagged`."""
     num_rows, max_len = x.shape[:2]
-    if num_rows == 0 or max_len == 0:
-        return x.new_zeros(num_tokens, *x.shape[2:])
     rows = row_of_token(offsets, num_tokens)
-    places = torch.arange(num_tokens, device=x.device) - offsets[rows]
-    within = (rows < num_rows).view(-1, *[1] * (x.dim() - 2))
-    return torch.where(within, x[rows.clamp(max=num_rows - 1), places.clamp(max=max_len - 1)], 0)
+    places = rows * max_len + torch.arange(num_tokens, device=x.device) - offsets[rows]
+    last = num_rows * max_len  # of the places with one more, the zeros of the tail
+    with_zeros = torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
+    return with_zeros[places.where(rows < num_rows, last)]

@@ -1,5 +1,6 @@
 """T5's buckets of relative positions (Raffel et al. 2020, section 2.1)."""
 
+import functools
 import math
 
 import torch
@@ -15,9 +16,25 @@ def relative_buckets(num_queries: int, num_keys: int, num_buckets: int, max_dist
     Returns:
         [num_queries, num_keys] int64 in 0..num_buckets-1, on the CPU.
     """
-    relative = torch.arange(num_keys)[None, :] - torch.arange(num_queries)[:, None]
+    if num_queries == 0 or num_keys == 0:
+        return torch.zeros(num_queries, num_keys, dtype=torch.int64)
+    buckets = position_buckets(num_queries, num_keys, num_buckets, max_distance, causal)
+    return buckets.unfold(0, num_keys, 1).flip(0)
+
+
+def position_buckets(num_queries: int, num_keys: int, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
+    """[num_queries + num_keys - 1] int64 buckets of the relative positions from 1 - num_queries on, not to be changed.
+
+    A relative position's pairs are a diagonal of `relative_buckets`. Remembered, unless a compiler is tracing.
+    """
+    arguments = (num_queries, num_keys, num_buckets, max_distance, causal)
+    return _position_buckets(*arguments) if torch.compiler.is_compiling() else _remembered(*arguments)
+
+
+def _position_buckets(num_queries: int, num_keys: int, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
+    relative = torch.arange(1 - num_queries, num_keys)
     if causal:
-        first, distance, num_buckets = torch.zeros_like(relative), (-relative).clamp_(min=0), num_buckets
+        first, distance = torch.zeros_like(relative), (-relative).clamp_(min=0)
     else:
         num_buckets //= 2
         first, distance = (relative > 0).long() * num_buckets, relative.abs()
@@ -25,3 +42,9 @@ def relative_buckets(num_queries: int, num_keys: int, num_buckets: int, max_dist
     growth = (num_buckets - num_exact) / math.log(max_distance / num_exact)
     far = num_exact + (torch.log(distance.clamp(min=1).float() / num_exact) * growth).long()
     return first + torch.where(distance < num_exact, distance, far.clamp_(max=num_buckets - 1))
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered(num_queries: int, num_keys: int, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
+    with torch.inference_mode(False):  # so that training can use what inference made
+        return _position_buckets(num_queries, num_keys, num_buckets, max_distance, causal)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+_NO_CANDIDATE = torch.iinfo(torch.int32).min
+
 
 def trie_topk_step(
     logits: Tensor,
@@ -14,62 +16,38 @@ def trie_topk_step(
     beam_width: int,
     node_allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best children of every row's beams; see `ops.trie_topk_step`.
+    """See `ops.trie_topk_step`.
 
-    Candidates are kept packed (T of them, all rows together). Because a row's beams ascend by node number, so do its
-    candidates, and "lowest index" means "lowest code tuple".
+    Every beam has room for K children, since codes of one node's edges differ. Places ascend by beam, then edge, hence
+    by node.
     """
-    num_rows, num_beams = nodes.shape
-    beams, edges = _children(nodes.flatten(), row_ptr)
-    if node_allowed is not None:
-        allowed = node_allowed[edges] if node_allowed.dim() == 1 else node_allowed[beams // num_beams, edges]
-        beams, edges = beams[allowed], edges[allowed]
+    num_rows, num_beams, num_codes = logits.shape
+    begins = row_ptr[nodes.clamp(min=0)][:, :, None]
+    edges = begins + torch.arange(num_codes, device=logits.device)
+    exists = (nodes >= 0)[:, :, None] & (edges < row_ptr[nodes.clamp(min=0) + 1][:, :, None])
+    edges = edges.clamp(max=len(edge_codes) - 1).long()
     codes = edge_codes[edges].long()
-    logits = logits.float().flatten(0, 1)
-    log_probabilities = logits.flatten()[beams * logits.shape[1] + codes] - logits.logsumexp(1)[beams]
-    candidates = scores.flatten()[beams] + log_probabilities
+    logits = logits.float()
+    candidates = scores[:, :, None] + (logits.gather(2, codes) - logits.logsumexp(2, keepdim=True))
+    exists &= ~candidates.isnan()
+    if node_allowed is not None:
+        rows = torch.arange(num_rows, device=logits.device)[:, None, None]
+        exists &= node_allowed[edges] if node_allowed.dim() == 1 else node_allowed[rows, edges]
 
-    rows = beams // num_beams
-    winners, slots = _top_per_row(candidates, rows, num_rows, beam_width)
-    places = rows[winners] * beam_width + slots
+    keys = torch.where(exists, _ordered(candidates), _NO_CANDIDATE).flatten(1)
+    keys, places = keys.sort(dim=1, descending=True, stable=True)
+    nowhere = num_beams * num_codes
+    places = torch.where(keys == _NO_CANDIDATE, nowhere, places)[:, :beam_width].sort(dim=1).values
+    places = pad(places, (0, beam_width - places.shape[1]), value=nowhere)
 
     def placed(values: Tensor, filler: float) -> Tensor:
-        filled = values.new_full((num_rows * beam_width,), filler)
-        filled[places] = values[winners]
-        return filled.view(num_rows, beam_width)
+        return pad(values.flatten(1), (0, 1), value=filler).gather(1, places)
 
-    return placed(beams % num_beams, 0), placed(codes, 0), placed(edges, -1), placed(candidates, -torch.inf)
-
-
-def _children(nodes: Tensor, row_ptr: Tensor) -> tuple[Tensor, Tensor]:
-    """For every child of every node: the position in `nodes` and the edge number; node -1 has no children."""
-    begins = row_ptr[nodes.clamp(min=0)].long()
-    degrees = torch.where(nodes < 0, 0, row_ptr[nodes.clamp(min=0) + 1].long() - begins)
-    beams = torch.repeat_interleave(degrees)
-    within = torch.arange(len(beams), device=nodes.device) - (degrees.cumsum(0) - degrees)[beams]
-    return beams, begins[beams] + within
+    parents = torch.where(places == nowhere, 0, places // num_codes)
+    return parents, placed(codes, 0), placed(edges, -1), placed(candidates, -torch.inf)
 
 
-def _top_per_row(values: Tensor, rows: Tensor, num_rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Positions in `values` of the `width` largest of every row, ascending, and their slots 0, 1, ... in the row.
-
-    Both arguments are packed [T], `rows` ascending. Equal values at the edge of the selection go to the lowest
-    positions.
-    """
-    counts = torch.bincount(rows, minlength=num_rows)
-    ends = counts.cumsum(0)
-    begins = ends - counts
-    longest = int(counts.max()) if num_rows else 0
-    padded = values.new_full((num_rows, max(longest, width)), -torch.inf)
-    padded[rows, torch.arange(len(rows), device=rows.device) - begins[rows]] = values
-    threshold = padded.topk(width, sorted=True).values[:, -1][rows]
-
-    above = pad((values > threshold).cumsum(0), (1, 0))
-    room_for_ties = width - (above[ends] - above[begins])
-    tied = values == threshold
-    ties_so_far = pad(tied.cumsum(0), (1, 0))
-    fits = ties_so_far[1:] - ties_so_far[begins][rows] <= room_for_ties[rows]
-    winners = ((values > threshold) | (tied & fits)).nonzero().squeeze(1)
-    first_slot = pad(torch.bincount(rows[winners], minlength=num_rows).cumsum(0), (1, 0))
-    slots = torch.arange(len(winners), device=rows.device) - first_slot[rows[winners]]
-    return winners, slots
+def _ordered(x: Tensor) -> Tensor:
+    """Int32 that compare as the fp32 numbers do, both zeros being equal; above _NO_CANDIDATE."""
+    bits = (x + 0.0).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -57,7 +57,7 @@ def _add_rms_norm_fwd_kernel(
 @triton.jit
 def _add_rms_norm_bwd_kernel(
     grad_normed_ptr,  # [T, D]
-    grad_total_ptr,  # [T, D]
+    grad_total_ptr,  # [T, D]; read only if HAS_GRAD_TOTAL
     total_ptr,  # [T, D]
     rstd_ptr,  # [T] fp32
     weight_ptr,  # [D]
@@ -69,6 +69,7 @@ def _add_rms_norm_bwd_kernel(
     width,
     threshold,
     factor,
+    HAS_GRAD_TOTAL: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -88,7 +89,9 @@ def _add_rms_norm_bwd_kernel(
         grad_weight += tl.sum(grad_normed * unit, 0)
         grad_unit = grad_normed * weight[None, :]
         along = tl.sum(grad_unit * unit, 1)[:, None] / width
-        grad = (grad_unit - unit * along) * rstd + wide(tl.load(grad_total_ptr + at, mask=mask, other=0.0))
+        grad = (grad_unit - unit * along) * rstd
+        if HAS_GRAD_TOTAL:
+            grad += wide(tl.load(grad_total_ptr + at, mask=mask, other=0.0))
         if HAS_RESIDUAL:
             tl.store(grad_residual_ptr + at, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
         if DROPOUT:
@@ -98,9 +101,9 @@ def _add_rms_norm_bwd_kernel(
 
 
 def _blocks(width: int) -> dict[str, int]:
-    """Rows per program so that a block has some 4,096 elements."""
+    """Rows per program so that a block has some 2,048 elements: the backward of a larger one spills registers."""
     padded = power_of_2(width)
-    return {"ROWS": max(1, min(16, 4096 // padded)), "WIDTH": padded, "num_warps": 4 if padded <= 4096 else 8}
+    return {"ROWS": max(1, min(16, 2048 // padded)), "WIDTH": padded, "num_warps": max(4, padded // 1024)}
 
 
 def _forward(
@@ -127,7 +130,7 @@ def _fake_forward(
 
 def _backward(
     grad_normed: Tensor,
-    grad_total: Tensor,
+    grad_total: Tensor | None,
     total: Tensor,
     rstd: Tensor,
     weight: Tensor,
@@ -141,16 +144,17 @@ def _backward(
     )
     num_rows, width = total.shape
     _add_rms_norm_bwd_kernel[(len(partials),)](
-        grad_normed, grad_total, total, rstd, weight, weight if seed is None else seed,
-        grad_x, grad_residual, partials, num_rows, width, threshold_of(dropout_p), 1.0 / (1.0 - dropout_p),
-        HAS_RESIDUAL=has_residual, DROPOUT=seed is not None, **_blocks(width),
+        grad_normed, grad_normed if grad_total is None else grad_total, total, rstd, weight,
+        weight if seed is None else seed, grad_x, grad_residual, partials,
+        num_rows, width, threshold_of(dropout_p), 1.0 / (1.0 - dropout_p),
+        HAS_GRAD_TOTAL=grad_total is not None, HAS_RESIDUAL=has_residual, DROPOUT=seed is not None, **_blocks(width),
     )  # fmt: skip
     return grad_x, grad_residual, partials
 
 
 def _fake_backward(
     grad_normed: Tensor,
-    grad_total: Tensor,
+    grad_total: Tensor | None,
     total: Tensor,
     rstd: Tensor,
     weight: Tensor,
@@ -172,7 +176,7 @@ FORWARD = define(
     _fake_forward,
 )
 BACKWARD = define(
-    "add_rms_norm_backward(Tensor grad_normed, Tensor grad_total, Tensor total, Tensor rstd, Tensor weight, "
+    "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor rstd, Tensor weight, "
     "Tensor? seed, float dropout_p, ScalarType x_dtype, bool has_residual) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
@@ -192,15 +196,18 @@ class _AddRmsNorm(Function):
     ) -> tuple[Tensor, Tensor]:
         normed, total, rstd = FORWARD(x, residual, weight, seed, eps, dropout_p)
         ctx.save_for_backward(total, rstd, weight, seed)
+        # The last norm's stream goes nowhere: its gradient needs no zeros.
+        ctx.set_materialize_grads(False)
         ctx.dropout_p, ctx.x_dtype, ctx.has_residual = dropout_p, x.dtype, residual is not None
         return normed, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_normed: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_normed: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
         total, rstd, weight, seed = ctx.saved_tensors
+        grad_normed = torch.zeros_like(total) if grad_normed is None else grad_normed.contiguous()
         grad_x, grad_residual, partials = BACKWARD(
-            grad_normed.contiguous(), grad_total.contiguous(), total, rstd, weight, seed,
+            grad_normed, None if grad_total is None else grad_total.contiguous(), total, rstd, weight, seed,
             ctx.dropout_p, ctx.x_dtype, ctx.has_residual,
         )  # fmt: skip
         grad_weight = partials.sum(0).to(weight.dtype)

@@ -152,3 +152,11 @@ def test_baselines_on_beauty(shared_data: Path, tmp_path: Path):
     assert metrics["item_knn/test/cold/count"] == 138
     assert metrics["popularity/test/all/recall@10"] == pytest.approx(0.0115, abs=5e-4)
     assert metrics["item_knn/test/all/recall@10"] == pytest.approx(0.0709, abs=1e-3)
+
+
+def test_item_knn_leaves_out_what_belongs_to_no_row():
+    ranker = ItemKNNRanker.fit(*prepared([[0, 1], [1, 0], [0, 2]]), 5)
+    batch = SeqBatch.from_lists([[1], []])
+    expected = ranker.rank(batch, 3)[0].tolist()
+    filled = ranker.rank(batch.to_capacity(num_rows=3, num_items=4), 3)[0].tolist()
+    assert filled == [*expected, [-1, -1, -1]]

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import ops
+from tests.kernels.poison import poisoned_memory
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture
 def device():
-    """Where kernels can run in this process; ops use them for the length of the test."""
+    """Where kernels can run in this process; for the length of the test ops use them, and fresh memory is poisoned."""
     if not INTERPRETING and not torch.cuda.is_available():
         pytest.skip("kernels run here only in the interpreter's process (see test_interpreter.py) or on a GPU")
-    with ops.use_backend("triton"):
+    with ops.use_backend("triton"), poisoned_memory():
         yield torch.device("cpu" if INTERPRETING else "cuda")

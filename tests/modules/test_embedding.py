@@ -17,3 +17,14 @@ def test_codes_of_a_later_level() -> None:
     embedding = TokenEmbedding(VOCABULARY, d_model=6)
     rows = embedding.codes(torch.tensor([[1]]), "text", first_level=1)
     torch.testing.assert_close(rows[0, 0], embedding.weight[6])
+
+
+def test_decoder_inputs_are_bos_and_all_codes_but_the_last() -> None:
+    embedding = TokenEmbedding(VOCABULARY, d_model=6)
+    rows = embedding.decoder_inputs(torch.tensor([[3, 2], [-1, -1]]), "text")
+    torch.testing.assert_close(rows[0], embedding.weight[[0, 4]])
+    torch.testing.assert_close(rows[1], torch.stack([embedding.weight[0], torch.zeros(6)]))
+
+
+def test_buffers_are_not_saved() -> None:
+    assert list(TokenEmbedding(VOCABULARY, d_model=6).state_dict()) == ["weight"]

@@ -1,14 +1,20 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ops.graphs
 from data.schemas import InputError, SeqBatch
 from evaluation.ranker import Ranker, check_ranking
-from modules.generation.ranker import GenerativeRanker, last_items
+from modules.generation.beam import beam_search
+from modules.generation.ranker import GenerativeRanker, _Query, last_items
+from modules.generation.trie import PrefixTrie
 from modules.tokenizer.sequence import SequenceTokenizer
 from tests.modules.generation_fakes import all_log_likelihoods, random_semantic_ids
 from tests.modules.tiny_artifact import FixedTokenizer, tiny_model
+from tests.ops.recorders import TapeRecorder
 
 
 def parts(level_sizes=(5, 6, 3), num_items=40, seed=0, **settings_):
@@ -174,3 +180,81 @@ def test_another_tokenizer_is_refused():
 def test_settings_below_one_are_refused(name):
     with pytest.raises(InputError, match=f"{name} of at least 1, got 0"):
         parts(**{name: 0})
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """Searches are filled up and recorded as on a GPU, by ops that could run there."""
+    tape = TapeRecorder()
+    monkeypatch.setattr(ops.graphs, "recorder_for", lambda device: tape)
+    monkeypatch.setattr("ops.checks._reads_values", lambda tensor: False)
+    for room in ("attention", "codes", "layers"):
+        monkeypatch.setattr(f"ops.{room}.uses_cpu_path", lambda device_type, seed: False)
+    return tape
+
+
+def histories_of(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    items = [torch.randint(40, (length,), generator=generator).tolist() for length in lengths]
+    users = torch.arange(len(lengths)) * 31
+    return replace(SeqBatch.from_lists(items), user_hashes=users, targets=torch.zeros(len(lengths), dtype=torch.int64))
+
+
+def assert_same_ranking(got, expected):
+    """Up to rounding, which may part or swap near ties."""
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-5)
+    gaps = torch.nn.functional.pad(expected[1].diff().abs().nan_to_num(torch.inf), (1, 1), value=torch.inf)
+    near = torch.minimum(gaps[:, :-1], gaps[:, 1:]) < 1e-4
+    assert torch.equal(got[0][~near], expected[0][~near])
+
+
+@pytest.mark.parametrize("kind", ["all", "some", "per row"])
+def test_filled_up_and_recorded_searches_rank_as_plain_ones(tape, kind):
+    model, tokenizer, ranker = parts(batch_size=4, max_history=5, beam_width=6)
+    plain = GenerativeRanker(model, tokenizer, batch_size=4, max_history=5, beam_width=6, cuda_graphs=False)
+    allowed = torch.rand(7, 40, generator=torch.Generator().manual_seed(1)) < 0.5
+    allowed = {"all": None, "some": allowed[0], "per row": allowed}[kind]
+    for seed in range(4):
+        # Parts of four and three rows, the second one filled up to four; empty rows, and one row with five items.
+        histories = histories_of([1, 0, 2, 1, 5, 0, 3], seed)
+        assert_same_ranking(ranker.rank(histories, 6, allowed), plain.rank(histories, 6, allowed))
+    assert tape.log.count("record") == 2
+    assert tape.log.count("replay") == 4
+
+
+def test_recordings_read_the_weights_of_the_moment(tape):
+    model, _, ranker = parts()
+    for _ in range(3):
+        before = ranker.rank(HISTORIES, 10)
+    with torch.no_grad():
+        model.heads["text"][0].weight.neg_()
+    after = ranker.rank(HISTORIES, 10)
+    assert tape.log[-1] == "replay"
+    assert not torch.equal(before[0], after[0])
+
+
+def test_broken_weights_are_an_error_when_recorded_too(tape):
+    model, _, ranker = parts()
+    for _ in range(3):
+        ranker.rank(HISTORIES, 5)
+    with torch.no_grad():
+        model.heads["text"][1].weight.fill_(torch.nan)
+    with pytest.raises(InputError, match="NaN or infinite logits at level 1 for 4 of 4 histories"):
+        ranker.rank(HISTORIES, 5)
+
+
+def test_nothing_waits_for_the_device(tape):
+    """The recorder fails on what would: then there is no replay."""
+    model, tokenizer, _ = parts()
+    trie = PrefixTrie.from_semantic_ids(tokenizer.semantic_ids)
+    tokens = SequenceTokenizer(tokenizer.semantic_ids, model.vocabulary)(HISTORIES)
+    with pytest.raises(RuntimeError, match="not permitted while recording"):
+        tape.record(lambda: beam_search(model, tokens, trie, 5))  # looks for broken logits
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "items"), [([3], 1, 3), ([0], 1, 3), ([20] * 5, 8, 100), ([20] * 100, 100, 2000)]
+)
+def test_capacities(lengths, rows, items):
+    query = _Query(histories_of(lengths), None, 5).to_capacity(max_rows=100, max_history=20)
+    assert (len(query.histories), len(query.histories.item_ids), query.histories.max_len) == (rows, items, 20)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.schemas import InputError, TokenizedSeqBatch
+from data.schemas import NO_TARGET, InputError, TokenizedSeqBatch
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 
 LEVEL_SIZES = (5, 4, 3)
@@ -82,6 +82,62 @@ def test_loss_is_the_mean_negative_log_likelihood() -> None:
     torch.testing.assert_close(losses["loss"], sum(losses[f"loss_level_{level}"] for level in range(3)))
     assert losses["loss"].requires_grad
     assert not losses["loss_level_0"].requires_grad
+
+
+def test_the_mean_over_targets_is_the_mean_over_rows_bit_by_bit() -> None:
+    model, batch = small_model(), random_batch([3, 9, 1, 0, 6, 2, 11])
+    losses = model(batch)
+    losses["loss"].backward()
+    got = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    level_losses = model._level_losses(batch, 0.0).mean(dim=0)
+    level_losses.sum().backward()
+    assert torch.equal(losses["loss"], level_losses.sum())
+    for grad, parameter in zip(got, model.parameters(), strict=True):
+        assert torch.equal(grad, parameter.grad)
+
+
+def without_target(batch: TokenizedSeqBatch, row: int) -> TokenizedSeqBatch:
+    assert batch.target_codes is not None
+    codes = batch.target_codes.clone()
+    codes[row] = NO_TARGET
+    return replace(batch, target_codes=codes)
+
+
+def test_rows_without_target_count_nowhere() -> None:
+    model, batch = small_model(replace(CONFIG, label_smoothing=0.1)), random_batch([3, 9, 4])
+    filled = without_target(batch, 2)
+    assert batch.target_codes is not None
+    short = TokenizedSeqBatch(batch.tokens[:12], batch.offsets[:3], 9, batch.target_codes[:2])
+    gradients = []
+    for one in (filled, short):
+        loss = model(one)["loss"]
+        gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert model.log_likelihood(filled)[2] == 0
+    torch.testing.assert_close(model.log_likelihood(filled)[:2], model.log_likelihood(short))
+
+
+def test_a_batch_without_any_target_has_no_loss() -> None:
+    model, batch = small_model(), without_target(random_batch([3]), 0)
+    loss = model(batch)["loss"]
+    loss.backward()
+    assert loss == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_one_product_for_all_levels_gives_the_same_losses(label_smoothing: float) -> None:
+    model, batch = small_model(), without_target(random_batch([3, 9, 1]), 1)
+    hidden = torch.randn(3, 3, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    inputs = [hidden, *model.heads.parameters()]
+    results = []
+    for losses in (model._losses_in_one_product, model._losses_level_by_level):
+        loss = losses(hidden, batch.target_codes, label_smoothing)
+        results.append((loss, *torch.autograd.grad(loss.square().sum(), inputs)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_rows_are_independent() -> None:
@@ -241,4 +297,4 @@ def test_nothing_is_repeated_per_beam() -> None:
     model.step(state, None, None)
     model.step(state, torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64))
     assert state.cross_kv is cross_kv
-    assert [entry.shape[1] for entry in state.keys[0]] == [1, 4]
+    assert state.beams.ancestors.shape == (2, 4, 2)

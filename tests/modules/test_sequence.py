@@ -63,11 +63,34 @@ def test_equals_a_loop_over_rows() -> None:
     assert SequenceTokenizer(semantic_ids, vocabulary)(batch).tokens.tolist() == expected
 
 
+@pytest.mark.parametrize("buckets", [0, 10])
+def test_a_batch_of_fixed_capacity(buckets: int) -> None:
+    vocabulary = CodeVocabulary({"text": (4, 3)}, num_user_buckets=buckets)
+    tokenize = SequenceTokenizer(SEMANTIC_IDS, vocabulary)
+    batch = replace(batch_of([2, 1], [0]), targets=torch.tensor([1, 2]))
+    plain, filled = tokenize(batch), tokenize(batch.to_capacity(num_rows=4, num_items=5))
+    # Empty rows hold their user token alone, that of unknown users: behind BOS 0, level 0 from 1 and level 1 from 5.
+    users = [8] * 2 if buckets else []
+    num_tokens = len(plain.tokens) + len(users)
+    assert filled.tokens[:num_tokens].tolist() == plain.tokens.tolist() + users
+    assert len(filled.tokens) == num_tokens + 2 * 2
+    assert filled.offsets.tolist() == plain.offsets.tolist() + ([9, 10] if buckets else [6, 6])
+    assert filled.max_len == plain.max_len
+    assert filled.target_codes is not None
+    assert filled.target_codes.tolist() == [[1, 2], [3, 1], [-1, -1], [-1, -1]]
+
+
 def test_codes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match=r"expected semantic ids \[N, 3\] .* got \[3, 2\]"):
         SequenceTokenizer(SEMANTIC_IDS, CodeVocabulary({"text": (4, 3, 2)}))
     with pytest.raises(InputError, match=r"codes 0..2 in level 0 of 'text', got 0..3"):
         SequenceTokenizer(SEMANTIC_IDS, CodeVocabulary({"text": (3, 3)}))
+
+
+def test_the_batch_has_to_be_on_the_tokenizer_s_device() -> None:
+    tokenize = SequenceTokenizer(SEMANTIC_IDS, CodeVocabulary({"text": (4, 3)}, num_user_buckets=2)).to("meta")
+    assert {buffer.device.type for buffer in tokenize.buffers()} == {"meta"}
+    assert tokenize(batch_of([1]).to("meta")).tokens.shape == (3,)
 
 
 def test_ids_are_not_part_of_the_state() -> None:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from data.schemas import Catalogue, InputError
 from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.tokenizer import assign
 from modules.tokenizer.hub import resolve_folder
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from tests.conftest import REPOSITORY
@@ -135,7 +136,9 @@ def test_an_item_gets_the_same_codes_alone_and_among_others(monkeypatch):
     shuffled = torch.randperm(3000)
     shapes = []
     semantic_ids = RqVae.semantic_ids
-    monkeypatch.setattr(RqVae, "semantic_ids", lambda self, x: shapes.append(x.shape) or semantic_ids(self, x))
+    monkeypatch.setattr(
+        RqVae, "semantic_ids", lambda self, x, **options: shapes.append(x.shape) or semantic_ids(self, x)
+    )
     assert torch.equal(tokenizer.encode(features[shuffled]), tokenizer.semantic_ids[shuffled, :-1])
     assert shapes == [(1024, 64)] * 3  # products of one shape round alike, so near-ties fall alike
 
@@ -145,6 +148,42 @@ def test_features_may_be_a_read_only_memory_map(tmp_path):
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     codes = make_tokenizer().encode(mapped)
     assert torch.equal(codes, make_tokenizer().encode(make_features().half()))
+
+
+def test_an_encoder_in_half_precision_is_remembered(tmp_path):
+    tokenizer = make_tokenizer(encoder_dtype="bfloat16")
+    tokenizer.save_pretrained(tmp_path / "a")
+    loaded = SemanticIdTokenizer.from_pretrained(tmp_path / "a")
+    assert loaded.manifest["encoder_dtype"] == "bfloat16"
+    assert torch.equal(loaded.encode(make_features()), tokenizer.semantic_ids[:, :-1])
+    features = torch.randn(2000, 6, generator=torch.Generator().manual_seed(2))
+    same = (loaded.encode(features) == make_tokenizer().encode(features)).all(dim=1).float().mean()
+    assert 0.8 < same < 1.0
+    with pytest.raises(InputError, match="float32, float16, bfloat16, got 'int8'"):
+        make_tokenizer(encoder_dtype="int8")
+
+
+def test_large_features_are_not_taken_for_infinite_ones():
+    features = make_features()
+    features[7] = 3e38  # the row's sum overflows
+    make_tokenizer().encode(features)
+    features[7, 3] = torch.inf
+    with pytest.raises(InputError, match="row 7"):
+        make_tokenizer().encode(features)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_rows", [1, 700, 1200])
+def test_streamed_features_get_the_codes_of_features_on_the_device(tmp_path, monkeypatch, num_rows):
+    monkeypatch.setitem(assign.BLOCK_ROWS, "cuda", 200)
+    rqvae = make_rqvae().cuda().eval()
+    features = torch.randn(num_rows, 6, generator=torch.Generator().manual_seed(2)).half()
+    expected = assign.assign_codes(rqvae, features.cuda())
+    np.save(tmp_path / "features.npy", features.numpy())
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    assert torch.equal(assign.assign_codes(rqvae, features), expected)
+    assert torch.equal(assign.assign_codes(rqvae, mapped), expected)
 
 
 def test_encoding_no_rows():

@@ -66,10 +66,10 @@ def test_decoder_steps_equal_teacher_forcing() -> None:
     encoded = torch.randn(5, 12, dtype=torch.float64)
     rows = rows_of(2, 0, 3)
     x = torch.randn(3, 3, 12, dtype=torch.float64)
-    state = decoder.start(encoded, rows)
+    state = decoder.start(encoded, rows, num_steps=3)
     steps = []
     for position in range(3):
-        state.advance_(torch.zeros(3, 1, dtype=torch.int64))
+        state.beams.advance_(torch.zeros(3, 1, dtype=torch.int64))
         steps.append(decoder.step(state, x[:, position : position + 1]))
     torch.testing.assert_close(torch.cat(steps, dim=1), decoder(x, encoded, rows))
 
@@ -87,3 +87,24 @@ def test_bias_of_the_last_position() -> None:
     with torch.no_grad():
         bias.table[:, 0] = torch.arange(8.0)
     assert bias.of_last(4)[0].tolist() == [3, 2, 1, 0]
+
+
+def test_cross_keys_and_values_in_one_product_equal_those_layer_by_layer() -> None:
+    decoder = randomized(Decoder(3, SIZES))
+    encoded = torch.randn(5, 12, dtype=torch.float64)
+    together, alone = (list(decoder._cross_kv(encoded, one_product=one)) for one in (True, False))
+    assert [kv.shape for kv in together] == [(5, 2, 2, 4)] * 3
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("one_product", [True, False])
+def test_gradients_of_cross_keys_and_values(one_product: bool) -> None:
+    decoder = randomized(Decoder(2, SIZES))
+    encoded = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(3, 2, 2, 4, dtype=torch.float64) for _ in range(2)]
+    kvs = decoder._cross_kv(encoded, one_product=one_product)
+    loss = sum((kv * weight).sum() for kv, weight in zip(kvs, weights, strict=True))
+    grad_encoded, grad_weight = torch.autograd.grad(loss, [encoded, decoder.cross_kv])
+    flat = torch.stack(weights).flatten(2)
+    torch.testing.assert_close(grad_encoded, torch.einsum("ltk,lkd->td", flat, decoder.cross_kv))
+    torch.testing.assert_close(grad_weight, torch.einsum("ltk,td->lkd", flat, encoded))

@@ -3,6 +3,9 @@ import torch
 from torch import Tensor
 
 import ops
+from ops.reference.add_rms_norm import add_rms_norm as reference
+
+SEED = torch.tensor([0x0123456789ABCDEF])
 
 
 def twin(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -63,3 +66,23 @@ def test_wrong_shapes_are_named() -> None:
         ValueError, match=r"expected residual of x's shape \[2, 4\] float32 and weight \[4\], got residual \[2, 3\]"
     ):
         ops.add_rms_norm(torch.ones(2, 4), torch.ones(2, 3), torch.ones(4))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradcheck_of_the_reference(dropout_p: float) -> None:
+    assert torch.autograd.gradcheck(
+        lambda x, residual, weight: reference(x, residual, weight, 1e-6, dropout_p, SEED),
+        (random(4, 6), random(4, 6, seed=1), random(6, seed=2)),
+    )
+
+
+def test_a_seed_fixes_the_mask() -> None:
+    inputs = torch.ones(300, 41), None, torch.ones(41)
+    (_, first), (_, again) = (ops.add_rms_norm(*inputs, dropout_p=0.25, seed=SEED) for _ in range(2))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert abs((first == 0).float().mean().item() - 0.25) < 0.02
+
+
+def test_a_weight_elsewhere_is_named() -> None:
+    with pytest.raises(ValueError, match="one device, got x on cpu, weight on meta"):
+        ops.add_rms_norm(torch.ones(2, 4), None, torch.ones(4, device="meta"))

@@ -28,6 +28,25 @@ def test_half_precision_accumulates_in_fp32():
     assert sums.item() == 5000.0  # in bf16 the sum stops at 256
 
 
-def test_codes_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="codes"):
-        ops.codebook_stats(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), 4)
+def test_compiles_in_one_graph():
+    x, codes = torch.ones(5, 2), torch.tensor([0, 1, 1, 0, 1])
+    counts, sums = torch.compile(ops.codebook_stats, fullgraph=True, backend="eager")(x, codes, 3)
+    assert counts.tolist() == sums[:, 0].tolist() == [2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("x", "codes", "num_codes", "message"),
+    [
+        (torch.zeros(3), torch.tensor([0, 0, 0]), 4, r"x of shape \[B, D\]"),
+        (torch.zeros(3, 2), torch.tensor([0, 0]), 4, r"codes \[3\] .* got x \[3, 2\] float32, codes \[2\] int64"),
+        (torch.zeros(2, 2), torch.tensor([0, 0]).int(), 4, "codes as int64"),
+        (torch.zeros(2, 2).long(), torch.tensor([0, 0]), 4, "floating-point x"),
+        (torch.zeros(2, 2), torch.tensor([0, 4]), 4, r"codes in 0\.\.3, got 0 to 4"),
+        (torch.zeros(2, 2), torch.tensor([0, -1]), 4, r"codes in 0\.\.3, got -1 to 0"),
+        (torch.zeros(2, 2), torch.tensor([0, 0]), 0, "num_codes of at least 1"),
+    ],
+    ids=["rank", "length", "index dtype", "dtype", "too large", "negative", "no codes"],
+)
+def test_bad_input_is_refused(x, codes, num_codes, message):
+    with pytest.raises(ValueError, match=message):
+        ops.codebook_stats(x, codes, num_codes)

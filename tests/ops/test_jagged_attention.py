@@ -7,6 +7,7 @@ from torch import Tensor
 
 import ops
 from ops.cpu import jagged_attention as implementation
+from ops.reference.jagged_attention import jagged_attention as reference
 from tests.ops.attention_twin import t5_bucket, twin_attention
 
 MANY_LENGTHS = [*range(40), 3, 3, 64]
@@ -84,23 +85,6 @@ def test_gradcheck(lengths: list[int], dropout_p: float) -> None:
     assert torch.autograd.gradcheck(attend, (qkv, table), fast_mode=True)
 
 
-def test_the_gpu_path_of_one_padded_group_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = [4, 0, 2]
-    offsets, qkv = offsets_of(lengths), random(6, 3, 2, 4)
-    expected = ops.jagged_self_attention(qkv, offsets, max_len=9, scale=0.5, causal=True)
-
-    def one_group(offsets_q: Tensor, offsets_k: Tensor, layout: implementation._Layout) -> list:
-        return [implementation._group(offsets_q, offsets_k, torch.arange(3), 9, 9, layout)]
-
-    monkeypatch.setattr(implementation, "_plan_of", one_group)
-    got = ops.jagged_self_attention(qkv, offsets, max_len=9, scale=0.5, causal=True)
-    torch.testing.assert_close(got, expected)
-    for got_gradient, expected_gradient in zip(
-        torch.autograd.grad(got.square().sum(), qkv), torch.autograd.grad(expected.square().sum(), qkv), strict=True
-    ):
-        torch.testing.assert_close(got_gradient, expected_gradient)
-
-
 def test_offsets_that_change_in_place_are_noticed() -> None:
     offsets, qkv = offsets_of([4, 2]), random(6, 3, 2, 4)
     first = ops.jagged_self_attention(qkv, offsets, max_len=5, scale=0.5)
@@ -121,7 +105,7 @@ def test_offsets_that_change_behind_the_version_counter_are_noticed() -> None:
 
 def test_plans_are_shared_by_equal_offsets_and_by_nothing_else() -> None:
     offsets, qkv = offsets_of([4, 2]), random(6, 3, 2, 4)
-    memo, layout = implementation._PlanMemo(), implementation._Layout(6, 6, 4, 4, 3, 3, 2, False)
+    memo, layout = implementation._PlanMemo(), implementation._Layout(6, 6, 3, 3, 2, False)
     plan = memo(offsets, offsets, layout)
     assert memo(offsets.clone(), offsets.clone(), layout) is plan
     with torch.inference_mode():
@@ -150,7 +134,7 @@ def test_a_plan_made_for_inference_serves_training() -> None:
 
 def test_a_plan_that_another_thread_makes_during_a_look_up_does_no_harm() -> None:
     memo = implementation._PlanMemo()
-    offsets, layout = offsets_of([4, 2]), implementation._Layout(6, 6, 4, 4, 3, 3, 2, False)
+    offsets, layout = offsets_of([4, 2]), implementation._Layout(6, 6, 3, 3, 2, False)
 
     class Interrupted(implementation._Layout):
         """Whose comparison, in the middle of a look-up, is the moment at which the other thread runs."""
@@ -163,8 +147,83 @@ def test_a_plan_that_another_thread_makes_during_a_look_up_does_no_harm() -> Non
             return False
 
     memo(offsets, offsets, layout)
-    plan = memo(offsets, offsets, Interrupted(6, 6, 4, 4, 3, 3, 2, False))
-    assert len(plan) == 2
+    plan = memo(offsets, offsets, Interrupted(6, 6, 3, 3, 2, False))
+    assert len(plan.groups) == 2
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tokens_behind_the_last_row_get_zeros(backend: str) -> None:
+    offsets_q, offsets_k = offsets_of([2, 0, 3]), offsets_of([4, 1, 2])
+    twin = reference if backend == "reference" else implementation.jagged_attention
+
+    def attend(q: Tensor | None, kv: Tensor, offsets_q: Tensor, offsets_k: Tensor) -> Tensor:
+        return twin(q, kv, offsets_q, offsets_k, 3, 4, 0.5, None, 128, False, 0.0)
+
+    q, kv = random(8, 2, 4), random(9, 2, 2, 4, seed=1)
+    out = attend(q, kv, offsets_q, offsets_k)
+    torch.testing.assert_close(out[:5], twin_attention(q[:5], kv[:7], offsets_q, offsets_k, 0.5))
+    grad_q, grad_kv = torch.autograd.grad(out.square().sum() + out.sum(), [q, kv])
+    assert not torch.cat([out[5:].flatten(), grad_q[5:].flatten(), grad_kv[7:].flatten()]).any()
+    assert grad_q[:5].any()
+    qkv = random(9, 3, 2, 4)
+    out = attend(None, qkv, offsets_k, offsets_k)
+    (grad,) = torch.autograd.grad(out.sum() + out.square().sum(), qkv)
+    assert not torch.cat([out[7:].flatten(), grad[7:].flatten()]).any()
+    assert grad[:7].any()
+
+
+def test_keys_and_values_may_be_one_layer_of_several() -> None:
+    offsets_q, offsets_k = offsets_of([2, 1]), offsets_of([3, 4])
+    q, layers = random(3, 2, 4), random(7, 3, 2, 2, 4, seed=1)
+    shape = {"max_q": 2, "max_k": 4, "scale": 0.5}
+    got = [ops.jagged_attention(q, kv, offsets_q, offsets_k, **shape) for kv in layers.unbind(1)]
+    expected = [twin_attention(q, kv, offsets_q, offsets_k, 0.5) for kv in layers.unbind(1)]
+    torch.testing.assert_close(got, expected)
+    (grad,) = torch.autograd.grad(torch.stack(got).square().sum(), layers)
+    torch.testing.assert_close(grad, torch.autograd.grad(torch.stack(expected).square().sum(), layers)[0])
+
+
+@pytest.mark.parametrize("case", ["self", "causal", "cross", "dropout"])
+def test_gradcheck_of_the_reference(case: str) -> None:
+    offsets, offsets_k = offsets_of([3, 0, 1, 2]), offsets_of([2, 3, 1, 0])
+    table = random(4, 2, seed=2)
+    shape = (3, 3, 0.7, table, 9, case == "causal", 0.4 if case == "dropout" else 0.0, torch.tensor([7]))
+    if case == "cross":
+        q, kv = random(7, 2, 2), random(7, 2, 2, 2, seed=1)
+        assert torch.autograd.gradcheck(
+            lambda q, kv, table: reference(q, kv, offsets, offsets_k, *shape[:3], table, *shape[4:]), (q, kv, table)
+        )
+    else:
+        assert torch.autograd.gradcheck(
+            lambda qkv, table: reference(None, qkv, offsets, offsets, *shape[:3], table, *shape[4:]),
+            (random(7, 3, 2, 2), table),
+        )
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_no_rows(num_tokens: int) -> None:
+    qkv = random(num_tokens, 3, 2, 4)
+    table = random(8, 2)
+    for seed in (None, torch.tensor([3])):
+        out = ops.jagged_self_attention(
+            qkv, offsets_of([]), max_len=0, scale=0.5, bias_table=table, dropout_p=0.5, seed=seed
+        )
+        torch.testing.assert_close(out, torch.zeros(num_tokens, 2, 4, dtype=torch.float64))
+
+
+def test_a_compiler_sees_one_graph() -> None:
+    offsets, qkv, table = offsets_of([3, 0, 4]), random(7, 3, 2, 4), random(8, 2, seed=1)
+
+    def attend(qkv: Tensor, table: Tensor) -> Tensor:
+        return ops.jagged_self_attention(qkv, offsets, max_len=4, scale=0.5, bias_table=table, causal=True)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    expected, got = attend(qkv, table), compiled(qkv, table)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), [qkv, table]),
+        torch.autograd.grad(expected.square().sum(), [qkv, table]),
+    )
 
 
 def test_dropout_drops_probabilities_and_keeps_their_mean() -> None:
@@ -215,6 +274,14 @@ def test_two_sided_buckets_by_hand() -> None:
     assert ops.relative_buckets(1, 20, 8, 16, False)[0].tolist() == [0, 5, *[6] * 4, *[7] * 14]
 
 
+def test_buckets_made_for_inference_serve_training() -> None:
+    with torch.inference_mode():
+        ops.relative_buckets(3, 5, 8, 33, False)
+    table = random(8, 2)
+    table[ops.relative_buckets(3, 5, 8, 33, False)].sum().backward()
+    assert ops.relative_buckets(0, 5, 8, 33, False).shape == (0, 5)
+
+
 def test_wrong_arguments_are_named() -> None:
     offsets = offsets_of([2, 1])
     qkv = torch.zeros(3, 3, 2, 4)
@@ -232,6 +299,10 @@ def test_wrong_arguments_are_named() -> None:
         ops.jagged_self_attention(qkv, offsets, max_len=2, scale=1.0, bias_table=torch.zeros(8, 3))
     with pytest.raises(ValueError, match=r"dropout_p in \[0, 1\), got 1.0"):
         ops.jagged_self_attention(qkv, offsets, max_len=2, scale=1.0, dropout_p=1.0)
+    with pytest.raises(ValueError, match=r"floating-point heads, got \[3, 3, 2, 4\] int64"):
+        ops.jagged_self_attention(qkv.long(), offsets, max_len=2, scale=1.0)
+    with pytest.raises(ValueError, match="tensors on one device, got qkv on cpu, offsets on cpu, bias_table on meta"):
+        ops.jagged_self_attention(qkv, offsets, max_len=2, scale=1.0, bias_table=torch.zeros(8, 2, device="meta"))
     with pytest.raises(ValueError, match="of one dtype"):
         ops.jagged_attention(
             torch.zeros(3, 2, 4, dtype=torch.float16), qkv[:, 1:], offsets, offsets, max_q=2, max_k=2, scale=1.0

@@ -4,6 +4,9 @@ from torch import Tensor
 
 import ops
 from ops.cpu import relu_feed_forward as implementation
+from ops.reference.relu_feed_forward import relu_feed_forward as reference
+
+SEED = torch.tensor([0x0123456789ABCDEF])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -50,6 +53,23 @@ def test_autocast_computes_in_the_lower_dtype() -> None:
     assert x.grad.dtype == torch.float32
 
 
-def test_wrong_shapes_are_named() -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck_of_the_reference(dropout_p: float) -> None:
+    inputs = (random(5, 4), random(7, 4, seed=1), random(4, 7, seed=2))
+    assert torch.autograd.gradcheck(lambda *inputs: reference(*inputs, dropout_p, SEED), inputs)
+
+
+def test_a_seed_fixes_the_mask() -> None:
+    inputs = (torch.ones(100, 1), torch.ones(80, 1), torch.ones(1, 80))
+    first, again = (ops.relu_feed_forward(*inputs, dropout_p=0.5, seed=SEED) for _ in range(2))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert abs(first.mean().item() / 80 - 1) < 0.05
+
+
+def test_wrong_shapes_and_dtypes_are_named() -> None:
     with pytest.raises(ValueError, match=r"expected w_in \[F, 4\] and w_out \[4, F\]"):
         ops.relu_feed_forward(torch.ones(2, 4), torch.ones(7, 3), torch.ones(4, 7))
+    with pytest.raises(ValueError, match=r"of one dtype, got torch.bfloat16, torch.float32 and torch.float32"):
+        ops.relu_feed_forward(torch.ones(2, 4).bfloat16(), torch.ones(7, 4), torch.ones(4, 7))
+    with pytest.raises(ValueError, match="one device, got x on cpu, w_in on meta"):
+        ops.relu_feed_forward(torch.ones(2, 4), torch.ones(7, 4, device="meta"), torch.ones(4, 7))

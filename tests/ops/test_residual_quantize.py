@@ -72,6 +72,43 @@ def test_half_precision_rows_are_compared_in_fp32(dtype):
     assert residual.dtype == torch.float32
 
 
+def test_rows_with_nan_take_code_zero_on_every_level():
+    codes, residual = ops.residual_quantize(torch.tensor([[float("nan"), 4.0], [4.0, 0.0]]), [FIRST, SECOND])
+    assert codes.tolist() == [[0, 0], [1, 0]]
+    assert residual[0].isnan().any()
+
+
+def test_double_precision_stays_double():
+    # In fp32 both distances round to -1.
+    x = torch.tensor([[1.0]], dtype=torch.float64)
+    codes, residual = ops.residual_quantize(x, [torch.tensor([[1.0 + 2e-6], [1.0 + 1e-6]], dtype=torch.float64)])
+    assert codes.tolist() == [[1]]
+    assert residual.dtype == torch.float64
+
+
+def test_compiles_in_one_graph():
+    x = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(ops.residual_quantize, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, [FIRST, SECOND])[0], ops.residual_quantize(x, [FIRST, SECOND])[0])
+
+
+@pytest.mark.parametrize(
+    ("x", "codebooks", "options", "message"),
+    [
+        (torch.zeros(2), [FIRST], {}, r"x of shape \[B, D\], got \[2\]"),
+        (torch.zeros(2, 2, dtype=torch.int64), [FIRST], {}, r"floating-point x .* got x \[2, 2\] int64"),
+        (torch.zeros(2, 2), [], {}, "one codebook per level, got .* 0 codebooks"),
+        (torch.zeros(2, 2), [FIRST, torch.zeros(0, 2)], {}, r"codebooks\[1\] .* K at least 1, got \[0, 2\]"),
+        (torch.zeros(2, 2), [FIRST.to("meta")], {}, r"one device, got x on cpu, codebooks\[0\] on meta"),
+        (torch.zeros(2, 2), [FIRST], {"precision": "tf32"}, "ieee, tf32x3, got 'tf32'"),
+    ],
+    ids=["rank", "dtype", "no level", "empty level", "device", "precision"],
+)
+def test_bad_input_is_refused(x, codebooks, options, message):
+    with pytest.raises(ValueError, match=message):
+        ops.residual_quantize(x, codebooks, **options)
+
+
 def test_wrong_width_names_the_level():
     with pytest.raises(ValueError, match=r"codebooks\[1\]"):
         ops.residual_quantize(torch.zeros(2, 2), [FIRST, torch.zeros(4, 3)])

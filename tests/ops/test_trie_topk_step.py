@@ -1,7 +1,11 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ops
+from ops.cpu.trie_topk_step import trie_topk_step as cpu
+from ops.reference.trie_topk_step import trie_topk_step as reference
 
 HALVES = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
 ROW_PTR = torch.tensor([0, 2, 3, 6], dtype=torch.int32)
@@ -117,27 +121,80 @@ def test_forbidden_nodes_are_never_chosen(per_row):
     assert nodes.tolist() == [[1, 3, 4, -1], [0, 2, 5, -1] if per_row else [1, 3, 4, -1]]
 
 
-@pytest.mark.parametrize("width", [1, 5, 63, 400])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_brute_force(width, dtype):
-    generator = torch.Generator().manual_seed(width)
-    num_nodes, num_codes, rows, beams = 40, 17, 7, 9
-    present = torch.rand(num_nodes, num_codes, generator=generator) < 0.4
+def random_case(num_nodes, num_codes, rows, beams, share, seed):
+    """A level of a trie and beams on it, some empty; few distinct values, so that ties are common."""
+    generator = torch.Generator().manual_seed(seed)
+    present = torch.rand(num_nodes, num_codes, generator=generator) < share
+    present[0, 0] = True
     row_ptr = torch.nn.functional.pad(present.sum(1).cumsum(0), (1, 0)).int()
     codes = present.nonzero()[:, 1].int()
     nodes = torch.stack([torch.randperm(num_nodes, generator=generator)[:beams].sort().values for _ in range(rows)])
-    nodes[3, 4:] = -1
-    scores = torch.randn(rows, beams, generator=generator)
-    # Few distinct values, so that ties are common.
-    logits = torch.randint(0, 3, (rows, beams, num_codes), generator=generator).to(dtype)
-    scores = scores.round()
+    lengths = torch.randint(nodes.shape[1] + 1, (rows, 1), generator=generator)
+    nodes = torch.where(torch.arange(nodes.shape[1]) < lengths, nodes, -1)
+    scores = torch.randn(nodes.shape, generator=generator).round()
+    logits = torch.randint(0, 3, (*nodes.shape, num_codes), generator=generator).float()
     allowed = torch.rand(rows, len(codes), generator=generator) < 0.7
+    return (logits, nodes, scores, row_ptr, codes), allowed
+
+
+def assert_equals_brute_force(got, expected):
+    got = as_lists(*got)
+    assert [[entry[:3] for entry in row] for row in got] == [[entry[:3] for entry in row] for row in expected]
+    for row, expected_row in zip(got, expected, strict=True):
+        assert [entry[3] for entry in row] == pytest.approx([entry[3] for entry in expected_row], abs=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 5, 63, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_brute_force(width, dtype):
+    (logits, *rest), allowed = random_case(40, 17, 7, 9, 0.4, seed=width)
     for flags in (None, allowed, allowed[0]):
-        got = as_lists(*ops.trie_topk_step(logits, nodes, scores, row_ptr, codes, beam_width=width, node_allowed=flags))
-        expected = brute_force(logits, nodes, scores, row_ptr, codes, width, flags)
-        assert [[entry[:3] for entry in row] for row in got] == [[entry[:3] for entry in row] for row in expected]
-        for row, expected_row in zip(got, expected, strict=True):
-            assert [entry[3] for entry in row] == pytest.approx([entry[3] for entry in expected_row], abs=1e-5)
+        got = ops.trie_topk_step(logits.to(dtype), *rest, beam_width=width, node_allowed=flags)
+        assert_equals_brute_force(got, brute_force(logits.to(dtype), *rest, width, flags))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_nodes=st.integers(1, 12),
+    num_codes=st.integers(1, 9),
+    rows=st.integers(1, 4),
+    beams=st.integers(1, 6),
+    share=st.sampled_from([0.1, 0.5, 1.0]),
+    width=st.integers(1, 60),
+    flags=st.sampled_from(["none", "all rows", "per row"]),
+    seed=st.integers(0, 2**20),
+)
+def test_both_twins_equal_brute_force_and_each_other(num_nodes, num_codes, rows, beams, share, width, flags, seed):
+    arguments, allowed = random_case(num_nodes, num_codes, rows, beams, share, seed)
+    allowed = {"none": None, "all rows": allowed[0], "per row": allowed}[flags]
+    expected = brute_force(*arguments, width, allowed)
+    outputs = [twin(*arguments, width, allowed) for twin in (cpu, reference)]
+    for output in outputs:
+        assert_equals_brute_force(output, expected)
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("width", [2, 8, 50])
+def test_scores_that_are_not_numbers_are_passed_over(value, width):
+    arguments, _ = random_case(8, 5, 3, 4, 0.6, seed=1)
+    arguments[0][0, 0, 2] = value
+    arguments[0][1] = value
+    for one, other in zip(cpu(*arguments, width), reference(*arguments, width), strict=True):
+        assert torch.equal(one, other)
+    assert not ops.trie_topk_step(*arguments, beam_width=width)[3].isnan().any()
+
+
+def test_compiles_as_one_graph():
+    """The reference, which a compiler gets."""
+    (logits, *rest), allowed = random_case(8, 5, 3, 4, 0.6, seed=1)
+
+    def step(logits):
+        return ops.trie_topk_step(logits, *rest, beam_width=6, node_allowed=allowed)
+
+    for one, other in zip(torch.compile(step, fullgraph=True, backend="eager")(logits), step(logits), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_non_contiguous_and_expanded_inputs():
@@ -168,7 +225,8 @@ def test_no_rows():
         ({"scores": torch.zeros(2, 2)}, "scores"),
         ({"row_ptr": ROW_PTR.long()}, "int32 row_ptr .*int64"),
         ({"edge_codes": CODES[None]}, "edge_codes"),
-        ({"beam_width": 0}, "beam_width"),
+        ({"beam_width": 0}, "beam_width and edges of at least 1, got 0 and 6"),
+        ({"edge_codes": CODES[:0]}, "at least 1, got 2 and 0"),
         ({"node_allowed": torch.ones(5, dtype=torch.bool)}, "node_allowed"),
         ({"node_allowed": torch.ones(6)}, "node_allowed .*bool"),
     ],

@@ -1,0 +1,161 @@
+"""Everything that the shipped configs run, through the public interface: for compiling its kernels ahead of time.
+
+Models and batch sizes are read from `configs/`, so that a new config is compiled without a line here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import gin
+import torch
+
+import ops
+import train_decoder  # noqa: F401, registers what configs may say
+import train_rqvae  # noqa: F401
+from data.schemas import SeqBatch
+from modules.generation.beam import beam_search
+from modules.generation.trie import PrefixTrie
+from modules.kmeans import kmeans
+from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
+from modules.quantize import QuantizeMode
+from modules.rqvae import RqVae, RqVaeConfig
+from modules.tokenizer.sequence import SequenceTokenizer
+from tests.kernels.gpu_paths import as_on_a_gpu
+from training.gin_config import load_config
+from training.gin_syntax import ConfigReader, Macro
+
+REQUIRED = Macro("gin.REQUIRED")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BEAM_WIDTHS = (20, 50)
+WIDE_MODEL = 384
+"""The second width that speed is promised for, beside the configs'."""
+NUM_ITEMS = 1000
+MANY_ITEMS = 1 << 15
+"""Rows from which on ids are assigned as for a large catalogue."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one of the shipped configs runs, and how it is called in reports."""
+
+    name: str
+    run: Callable[[], object]
+
+
+def workloads() -> Iterator[Workload]:
+    """Training and generation of every shipped model: as shipped, and the models of the defaults' heads in every way.
+
+    As shipped means fp16, which is what "auto" is on CUDA.
+    """
+    for config, batch_size in retrieval_models():
+        usual = config.head_dim == RetrievalModelConfig.head_dim
+        for dtype in DTYPES if usual else (torch.float16,):
+            name = f"d_model {config.d_model}, {config.num_heads} heads of {config.head_dim}, {_name(dtype)}"
+            yield Workload(f"training, {name}", partial(train_step, config, batch_size, dtype))
+            yield Workload(f"generation, {name}", partial(generate, config, dtype))
+        if usual:
+            plain = replace(config, dropout=0.0, label_smoothing=0.1)
+            yield Workload(f"training without dropout, {name}", partial(train_step, plain, batch_size, torch.float32))
+    for config, batch_size in rqvae_models():
+        for dtype in (torch.float32, torch.float16):
+            yield Workload(f"RQ-VAE {config.input_dim}, {_name(dtype)}", partial(rqvae_step, config, batch_size, dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def retrieval_models() -> list[tuple[RetrievalModelConfig, int]]:
+    """Distinct shapes of the shipped models, one layer deep, and the batch sizes they are trained with."""
+    found = {}
+    for path in _paths("decoder"):
+        config, batch_size = _load(path, "train_decoder", RetrievalModelConfig)
+        for d_model in {config.d_model, WIDE_MODEL} if config == RetrievalModelConfig() else {config.d_model}:
+            shape = replace(
+                config, d_model=d_model, num_encoder_layers=1, num_decoder_layers=1, languages={"text": (256,) * 4}
+            )
+            found[str(shape), batch_size] = shape, batch_size
+    return list(found.values())
+
+
+def rqvae_models() -> list[tuple[RqVaeConfig, int]]:
+    """Distinct codebooks of the shipped RQ-VAEs, and the batch sizes they are trained with."""
+    found = {}
+    for path in _paths("rqvae"):
+        config, batch_size = _load(path, "train_rqvae", RqVaeConfig)
+        found[config.embed_dim, config.codebook_sizes, batch_size] = config, batch_size
+    return list(found.values())
+
+
+def _paths(stage: str) -> list[Path]:
+    paths = sorted(path for path in CONFIGS.rglob("*.gin") if path.stem.startswith(stage))
+    return [path for path in paths if path.parent.name != "base"]
+
+
+def _load(path: Path, script: str, kind: type) -> tuple:
+    """The model's config that a file describes, and the batch size."""
+    reader = ConfigReader()
+    reader.read_file(path)
+    given = [f"{setting.name}=given" for setting in reader.statements if setting.value == REQUIRED]
+    load_config([path], given, script=script, supplied=["options"])
+    batch_size = gin.query_parameter(f"{script}.train.batch_size")
+    return gin.get_configurable(kind)(), batch_size
+
+
+def histories(num_rows: int) -> SeqBatch:
+    """Lengths 0 to 20, as many tokens as a batch of fixed capacity has."""
+    lengths = torch.arange(num_rows) % 21
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    num_items = (int(offsets[-1]) + 63) // 64 * 64
+    users, targets = torch.arange(num_rows), torch.arange(num_rows) % NUM_ITEMS
+    return SeqBatch(torch.arange(num_items) % NUM_ITEMS, offsets, 20, users, targets)
+
+
+def semantic_ids() -> torch.Tensor:
+    """[NUM_ITEMS, 4] distinct codes."""
+    items = torch.arange(NUM_ITEMS)
+    return torch.stack([items % 256, items // 256, items % 7, items % 11], dim=1)
+
+
+def model_and_tokenizer(config: RetrievalModelConfig) -> tuple[EncoderDecoderRetrievalModel, SequenceTokenizer]:
+    """Untrained."""
+    model = EncoderDecoderRetrievalModel(config)
+    return model, SequenceTokenizer(semantic_ids(), model.vocabulary)
+
+
+def _precision(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+
+
+def train_step(config: RetrievalModelConfig, batch_size: int, dtype: torch.dtype) -> None:
+    """Forward and backward, and the log-likelihood as in an evaluation."""
+    model, tokenize = model_and_tokenizer(config)
+    with _precision(dtype), as_on_a_gpu():
+        loss = model(tokenize(histories(batch_size)))["loss"]
+    loss.backward()
+    with _precision(dtype), as_on_a_gpu(), torch.no_grad():
+        model.eval().log_likelihood(tokenize(histories(batch_size)))
+
+
+def generate(config: RetrievalModelConfig, dtype: torch.dtype) -> None:
+    """Beam search, of all items and of some."""
+    model, tokenize = model_and_tokenizer(config)
+    trie, batch = PrefixTrie.from_semantic_ids(semantic_ids()), tokenize(histories(16))
+    some = trie.allowed_nodes(torch.ones(16, NUM_ITEMS, dtype=torch.bool))
+    with _precision(dtype):
+        for beam_width, nodes in ((BEAM_WIDTHS[0], some), *((width, None) for width in BEAM_WIDTHS)):
+            beam_search(model.eval(), batch, trie, beam_width, nodes)
+
+
+def rqvae_step(config: RqVaeConfig, batch_size: int, dtype: torch.dtype) -> None:
+    """Initialisation, a step in every mode, and ids of a large catalogue."""
+    for mode in QuantizeMode:
+        model = RqVae(replace(config, mode=mode))
+        with _precision(dtype):
+            model(torch.randn(batch_size, config.input_dim)).loss.backward()
+    kmeans(torch.randn(1024, config.embed_dim), config.codebook_sizes[0], num_iterations=1, seed=0)
+    with torch.no_grad():
+        ops.residual_quantize(torch.randn(MANY_ITEMS, config.embed_dim).to(dtype), model.codebooks())
