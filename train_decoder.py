@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import train_rqvae
-from data.batching import ExampleStrategy, TrainingBatches
+from data.batching import Examples, ExampleStrategy, TrainingBatches
 from data.features import FeatureConfig, load_item_features
 from data.processed import DatasetConfig, PreparedDataset, load_dataset
 from data.schemas import InputError, SeqBatch
@@ -67,13 +67,14 @@ class RetrievalTask:
         self._tokenize = tokenize
         self._validate = validate
 
-    def batch(self, step: int) -> SeqBatch:
-        """Histories and targets of a step."""
-        return self._batches.batch(step)
+    def batch(self, step: int) -> Examples | SeqBatch:
+        """Where the histories and targets of a step lie."""
+        return self._batches.draw(step)
 
-    def loss(self, model: nn.Module, batch: SeqBatch, step: int) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Examples | SeqBatch) -> dict[str, Tensor]:
         """Cross-entropy summed over levels, and each level's own."""
-        return model(self._tokenize.to(batch.item_ids.device)(batch))
+        histories = self._batches.pack(batch)
+        return model(self._tokenize.to(histories.item_ids.device)(histories))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Item-level metrics on validation targets."""
@@ -146,6 +147,8 @@ def train(
         max_history=max_history,
         batch_size=batch_size,
         seed=seed,
+        device=process.device,
+        fixed_capacity=loop.uses_cuda_graphs(process.num_processes),
         process_index=process.process_index,
         num_processes=process.num_processes,
     )

@@ -8,7 +8,7 @@ The artifact lies in SAVE_DIR_ROOT/model; train_decoder.py takes that path as it
 """
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import gin
@@ -40,6 +40,28 @@ register(DatasetConfig, TablesConfig, FeatureConfig, RqVaeConfig, LoopConfig, Re
 _EVALUATION_ROWS = 4096
 
 
+@dataclass(frozen=True, eq=False)
+class RqVaeBatch:
+    """What a step of the RQ-VAE needs on its device.
+
+    Attributes:
+        drawn: of `FeatureBatches.draw`.
+        temperature: [] of the Gumbel softmax in this step; None in the other modes.
+    """
+
+    drawn: Tensor
+    temperature: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def to(self, device: torch.device) -> "RqVaeBatch":
+        """The same batch on a device; copies do not wait for a GPU."""
+        soon = device.type == "cuda"
+        temperature = None if self.temperature is None else self.temperature.to(device, non_blocking=soon)
+        return RqVaeBatch(self.drawn.to(device, non_blocking=soon), temperature)
+
+
 class RqVaeTask:
     """What the training loop needs to know of an RQ-VAE.
 
@@ -48,8 +70,8 @@ class RqVaeTask:
         features: [N, D] item features, in memory or memory-mapped.
         batch_size: items per process and step.
         seed: fixes the order of items.
-        temperature: of the Gumbel softmax at the first and the last step, annealed geometrically between them.
-        num_steps: length of the annealing.
+        temperature: of the Gumbel softmax at the first and the last batch, annealed geometrically between them.
+        num_batches: length of the annealing.
         min_codebook_use: share of its codes that every level must use; below it the run stops.
     """
 
@@ -64,7 +86,7 @@ class RqVaeTask:
         batch_size: int,
         seed: int,
         temperature: tuple[float, float],
-        num_steps: int,
+        num_batches: int,
         min_codebook_use: float,
     ) -> None:
         process = process_state()
@@ -72,20 +94,29 @@ class RqVaeTask:
         self._config = model.config
         self._features = features
         self._batches = FeatureBatches(
-            features, batch_size, seed, process_index=process.process_index, num_processes=process.num_processes
+            features,
+            batch_size,
+            seed,
+            device=process.device,
+            process_index=process.process_index,
+            num_processes=process.num_processes,
         )
         self._temperature = temperature
-        self._num_steps = num_steps
+        self._num_batches = num_batches
         self._min_codebook_use = min_codebook_use
 
-    def batch(self, step: int) -> Tensor:
-        """[B, D] item features of a step."""
-        return self._batches.batch(step)
-
-    def loss(self, model: nn.Module, batch: Tensor, step: int) -> dict[str, Tensor]:
-        """Loss of a batch and its parts."""
+    def batch(self, step: int) -> RqVaeBatch:
+        """Items and temperature of a step."""
+        if self._config.mode is not QuantizeMode.GUMBEL_SOFTMAX:
+            return RqVaeBatch(self._batches.draw(step), None)
         first, last = self._temperature
-        output = model(batch, temperature=first * (last / first) ** min(step / self._num_steps, 1.0))
+        temperature = first * (last / first) ** min(step / self._num_batches, 1.0)
+        return RqVaeBatch(self._batches.draw(step), torch.tensor(temperature))
+
+    def loss(self, model: nn.Module, batch: RqVaeBatch) -> dict[str, Tensor]:
+        """Loss of a batch and its parts."""
+        temperature = 1.0 if batch.temperature is None else batch.temperature
+        output = model(self._batches.pack(batch.drawn), temperature=temperature)
         return {"loss": output.loss, "reconstruction": output.reconstruction_loss, "quantize": output.quantize_loss}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -166,7 +197,8 @@ def train(
             "data": prepared.manifest_hash,
             "features": item_features.description,
             "model": model.to_dict(),
-            "loop": asdict(loop),
+            # Graphs change how a run computes, not what: artifacts of either kind are reused.
+            "loop": {name: value for name, value in asdict(loop).items() if name != "cuda_graphs"},
             "training": [batch_size, pretrain_steps, kmeans_rows, temperature, seed],
         }
     )
@@ -185,7 +217,7 @@ def train(
         batch_size=batch_size,
         seed=seed,
         temperature=temperature,
-        num_steps=loop.num_steps,
+        num_batches=loop.num_steps * loop.gradient_accumulation_steps,
         min_codebook_use=min_codebook_use,
     )
     result = run_training(task, loop, run, seed=seed, resume=options.resume, wandb_logging=wandb_logging)

@@ -1,11 +1,12 @@
 """Jagged batches from prepared histories: vectorised gathers, no loop over rows.
 
-A training batch is a pure function of (seed, step, process), so resuming needs no sampler state.
+A training batch is a pure function of (seed, step, process), so resuming needs no sampler state. On a CUDA device the
+histories lie where the model is, and a step sends only the numbers of its examples there.
 """
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +14,11 @@ import torch
 from torch import Tensor
 
 from data.schemas import Histories, InputError, Ranges, SeqBatch, Split
+
+CPU = torch.device("cpu")
+
+_SAMPLED_STEPS = 16
+"""From whose sizes the capacities of batches are chosen."""
 
 
 class ExampleStrategy(enum.Enum):
@@ -29,32 +35,58 @@ class ExampleStrategy(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False)
+class Examples:
+    """Where the examples of a batch lie in the histories, and the sizes that the host has to know of their batch.
+
+    Attributes:
+        places: [3, B] int32: history rows, first positions, and positions of the targets.
+        num_items: T of the packed batch, at least the sum of the context lengths.
+        max_len: no context is longer.
+    """
+
+    places: Tensor
+    num_items: int
+    max_len: int
+
+    def __len__(self) -> int:
+        return self.places.shape[1]
+
+    def to(self, device: torch.device | str) -> "Examples":
+        """The same examples for another device; the copy does not wait for a GPU."""
+        return replace(self, places=self.places.to(device, non_blocking=torch.device(device).type == "cuda"))
+
+    @classmethod
+    def of(cls, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray, max_history: int) -> "Examples":
+        """Items [begin, end) of each row, cut to the last max_history, with item `end` as target."""
+        begins = np.maximum(begins, ends - max_history)
+        lengths = ends - begins
+        places = torch.from_numpy(np.stack([rows, begins, ends]).astype(np.int32))
+        return cls(places, num_items=int(lengths.sum()), max_len=int(lengths.max()))
+
+
+@dataclass(frozen=True, eq=False)
 class JaggedGather:
-    """Packs parts of histories into batches on the device where the histories live."""
+    """Packs parts of histories into batches on the device where the histories live, without waiting for it."""
 
     histories: Histories
 
-    def __call__(self, rows: Tensor, begins: Tensor, ends: Tensor, max_history: int) -> SeqBatch:
-        """Batch of items [begin, end) of each row, cut to the last max_history, with item `end` as target.
+    def __call__(self, examples: Examples) -> SeqBatch:
+        """The batch of examples that lie on the histories' device.
 
-        Args:
-            rows: [B] history rows.
-            begins: [B] positions from the start of the row's history.
-            ends: [B] positions of the targets.
-            max_history: items kept per row.
+        Items beyond the sum of the lengths belong to no row; they are 0.
         """
-        row_starts = self.histories.offsets.long()[rows]
-        begins = torch.maximum(begins.long(), ends.long() - max_history)
-        lengths = ends.long() - begins
-        offsets = torch.zeros(len(rows) + 1, dtype=torch.int32, device=lengths.device)
-        torch.cumsum(lengths, 0, out=offsets[1:])
-        num_tokens = int(offsets[-1])
-        shift = torch.repeat_interleave(row_starts + begins - offsets[:-1], lengths, output_size=num_tokens)
-        positions = shift + torch.arange(num_tokens, device=lengths.device)
+        rows, begins, ends = examples.places
+        row_starts = self.histories.offsets[rows].long()
+        offsets = torch.nn.functional.pad((ends - begins).cumsum(0, dtype=torch.int32), (1, 0))
+        positions = torch.arange(examples.num_items, dtype=torch.int32, device=offsets.device)
+        row_of = torch.bucketize(positions, offsets[1:], right=True)  # B in the tail
+        sources = (row_starts + begins - offsets[:-1])[row_of.clamp(max=len(examples) - 1)] + positions
+        is_tail = row_of == len(examples)
+        item_ids = self.histories.item_ids[sources.masked_fill(is_tail, 0)].masked_fill(is_tail, 0)
         return SeqBatch(
-            item_ids=self.histories.item_ids[positions].long(),
+            item_ids=item_ids.long(),
             offsets=offsets,
-            max_len=int(lengths.max()),
+            max_len=examples.max_len,
             user_hashes=self.histories.user_hashes[rows],
             targets=self.histories.item_ids[row_starts + ends].long(),
         )
@@ -99,33 +131,61 @@ class FeatureBatches:
         features: [N, D] float matrix.
         batch_size: rows per process and step.
         seed: fixes the order.
+        device: where batches are wanted; the matrix is copied there if it fits into a quarter of a GPU's free memory.
         process_index, num_processes: this process's share of each global batch.
     """
 
     def __init__(
-        self, features: np.ndarray, batch_size: int, seed: int, *, process_index: int = 0, num_processes: int = 1
+        self,
+        features: np.ndarray,
+        batch_size: int,
+        seed: int,
+        *,
+        device: torch.device = CPU,
+        process_index: int = 0,
+        num_processes: int = 1,
     ) -> None:
         self._features = features
+        self._device = device
+        self._resident = torch.from_numpy(np.array(features)).to(device) if _fits(features.nbytes, device) else None
         self._epochs = ShuffledEpochs(
             len(features), batch_size, seed, process_index=process_index, num_processes=num_processes
         )
 
     def batch(self, step: int) -> Tensor:
         """[B, D] float32 rows of one step."""
+        return self.pack(self.draw(step))
+
+    def draw(self, step: int) -> Tensor:
+        """What a step sends to the device: [B] row numbers where the matrix lies there, else the rows."""
         rows = np.concatenate([examples for _, examples in self._epochs.examples(step)])
-        return torch.from_numpy(np.asarray(self._features[rows], dtype=np.float32))
+        if self._resident is not None:
+            return _pinned(torch.from_numpy(rows), self._device)
+        return _pinned(torch.from_numpy(np.asarray(self._features[rows], dtype=np.float32)), self._device)
+
+    def pack(self, drawn: Tensor) -> Tensor:
+        """[B, D] float32 rows of what was drawn."""
+        return drawn if self._resident is None else self._resident[drawn.to(self._device)].float()
 
 
 class TrainingBatches:
     """Jagged training batches: shuffled epochs over the examples of a split's training ranges.
 
+    With `fixed_capacity`, batches come in few shapes, as recordings and compilers need them: the number of items is
+    rounded up to a multiple of a sixteenth of its mean (a standard deviation where that is more; in any case a
+    multiple of 128), by a tail that belongs to no row. On Amazon Beauty at batch size 256 that is 4% more items,
+    in seven shapes.
+
     Args:
-        histories: where the items are; batches are built on their device.
+        histories: where the items are.
         ranges: the training role of a split.
         strategy: how ranges become examples.
         max_history: items kept in front of a target.
         batch_size: examples per process and step.
         seed: fixes order and windows.
+        device: where batches are wanted; the histories are copied there if they fit into a quarter of a GPU's free
+            memory.
+        fixed_capacity: see above.
         process_index, num_processes: this process's share of each global batch.
     """
 
@@ -138,6 +198,8 @@ class TrainingBatches:
         max_history: int,
         batch_size: int,
         seed: int,
+        device: torch.device = CPU,
+        fixed_capacity: bool = False,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -152,22 +214,53 @@ class TrainingBatches:
         self._strategy = strategy
         self._max_history = max_history
         self._seed = seed
-        self._gather = JaggedGather(histories)
-        self._device = histories.item_ids.device
+        self._device = device
+        self._gather = JaggedGather(_near(histories, device))
+        self._is_near = self._gather.histories.item_ids.device.type == device.type
         self._example_ends = np.cumsum(self._ends - self._begins)
         self.num_examples = int(self._example_ends[-1]) if strategy is ExampleStrategy.EVERY_PREFIX else len(self._rows)
         self._epochs = ShuffledEpochs(
             self.num_examples, batch_size, seed, process_index=process_index, num_processes=num_processes
         )
         self._epoch_windows = lru_cache(maxsize=2)(self._draw_epoch_windows)
+        self._bucket = self._choose_bucket() if fixed_capacity else None
 
     def batch(self, step: int) -> SeqBatch:
         """The batch of one step; the same arguments always give the same batch."""
-        parts = [self._ranges_of(epoch, examples) for epoch, examples in self._epochs.examples(step)]
-        rows, begins, ends = (
-            torch.from_numpy(np.concatenate(columns)).to(self._device) for columns in zip(*parts, strict=True)
+        return self.pack(self.draw(step))
+
+    def draw(self, step: int) -> Examples | SeqBatch:
+        """What a step sends to the device: examples where the histories lie there, else the packed batch."""
+        examples = self._examples(step)
+        if self._bucket is not None:
+            num_items = -(-examples.num_items // self._bucket) * self._bucket
+            examples = replace(examples, num_items=num_items, max_len=self._max_history)
+        if self._is_near:
+            return replace(examples, places=_pinned(examples.places, self._device))
+        packed = self._gather(examples)
+        assert packed.targets is not None
+        return replace(
+            packed,
+            item_ids=_pinned(packed.item_ids, self._device),
+            offsets=_pinned(packed.offsets, self._device),
+            user_hashes=_pinned(packed.user_hashes, self._device),
+            targets=_pinned(packed.targets, self._device),
         )
-        return self._gather(rows, begins, ends, self._max_history)
+
+    def pack(self, drawn: Examples | SeqBatch) -> SeqBatch:
+        """The batch of what was drawn, on the device where it is wanted."""
+        if isinstance(drawn, SeqBatch):
+            return drawn.to(self._device)
+        return self._gather(drawn.to(self._device))
+
+    def _choose_bucket(self) -> int:
+        sums = np.array([self._examples(step).num_items for step in range(_SAMPLED_STEPS)])
+        return max(round(max(sums.mean() / 16, sums.std()) / 128), 1) * 128
+
+    def _examples(self, step: int) -> Examples:
+        parts = [self._ranges_of(epoch, examples) for epoch, examples in self._epochs.examples(step)]
+        rows, begins, ends = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return Examples.of(rows, begins, ends, self._max_history)
 
     def _ranges_of(self, epoch: int, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """History rows, context begins and target positions of an epoch's examples."""
@@ -194,9 +287,11 @@ def evaluation_batches(
 ) -> Iterator[SeqBatch]:
     """Batches of every range in order, each with its target."""
     gather = JaggedGather(histories)
+    rows, begins, ends = (field.cpu().numpy() for field in (ranges.rows, ranges.begins, ranges.ends))
     for start in range(0, len(ranges), batch_size):
         part = slice(start, start + batch_size)
-        yield gather(ranges.rows[part].long(), ranges.begins[part], ranges.ends[part], max_history)
+        examples = Examples.of(rows[part], begins[part], ends[part], max_history)
+        yield gather(examples.to(histories.item_ids.device))
 
 
 def cold_items(histories: Histories, split: Split, num_items: int) -> Tensor:
@@ -204,3 +299,21 @@ def cold_items(histories: Histories, split: Split, num_items: int) -> Tensor:
     cold = torch.ones(num_items, dtype=torch.bool)
     cold[histories.item_ids[split.train.visible(histories)].long()] = False
     return cold
+
+
+def _near(histories: Histories, device: torch.device) -> Histories:
+    """The histories on a device if they fit; timestamps, which no batch holds, stay where they are."""
+    names = ("offsets", "item_ids", "user_hashes")
+    if not _fits(sum(getattr(histories, name).nbytes for name in names), device):
+        return histories
+    return replace(histories, **{name: getattr(histories, name).to(device) for name in names})
+
+
+def _fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether data may lie on the device for good: in a quarter of the free memory of a GPU, never elsewhere."""
+    return device.type == "cuda" and 4 * num_bytes <= torch.cuda.mem_get_info(device)[0]
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """In host memory from which a GPU copies while the host goes on."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor

@@ -13,6 +13,7 @@ import train_decoder
 import train_rqvae
 from data.schemas import InputError
 from modules.artifact import load_model_artifact
+from modules.quantize import QuantizeMode
 from modules.recommender import Recommender
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from training.cli import RunOptions, main
@@ -185,15 +186,26 @@ def test_the_scripts_run_as_programs(tmp_path):
     assert "Traceback" not in wrong.stderr
 
 
-def test_the_task_draws_the_same_batch_for_the_same_step():
+def rqvae_task(mode: QuantizeMode) -> train_rqvae.RqVaeTask:
     features = torch.arange(40, dtype=torch.float32).view(10, 4).numpy()
-    task = train_rqvae.RqVaeTask(
-        train_rqvae.RqVae(train_rqvae.RqVaeConfig(input_dim=4, hidden_dims=(4,), codebook_sizes=(2,))),
+    return train_rqvae.RqVaeTask(
+        train_rqvae.RqVae(train_rqvae.RqVaeConfig(input_dim=4, hidden_dims=(4,), codebook_sizes=(2,), mode=mode)),
         features,
         batch_size=3,
         seed=0,
-        temperature=(1.0, 0.1),
-        num_steps=10,
+        temperature=(1.0, 0.01),
+        num_batches=10,
         min_codebook_use=0.1,
     )
-    torch.testing.assert_close(task.batch(7), task.batch(7))
+
+
+def test_the_task_draws_the_same_batch_for_the_same_step():
+    task = rqvae_task(QuantizeMode.GUMBEL_SOFTMAX)
+    torch.testing.assert_close(task.batch(7).drawn, task.batch(7).drawn, rtol=0, atol=0)
+
+
+def test_the_temperature_is_annealed_in_tensors_that_a_recording_reads_anew():
+    task = rqvae_task(QuantizeMode.GUMBEL_SOFTMAX)
+    temperatures = torch.stack([task.batch(step).temperature for step in (0, 5, 10, 99)])
+    torch.testing.assert_close(temperatures, torch.tensor([1.0, 0.1, 0.01, 0.01]))
+    assert rqvae_task(QuantizeMode.STRAIGHT_THROUGH).batch(5).temperature is None

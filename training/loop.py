@@ -11,24 +11,24 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import nn
-from torch.optim import Adagrad, AdamW, Optimizer
 
 from data.schemas import InputError
+from ops import describe_backend
 from training.checkpoint import CheckpointStore
 from training.interrupt import InterruptGuard, TrainingInterrupted
 from training.loop_config import LoopConfig
+from training.optimizers import build_optimizer, load_optimizer_state_, optimizer_state, set_rate_
 from training.processes import on_main, process_state
 from training.progress import Progress
 from training.random_state import random_state, restore_random_state
 from training.run_folder import RunFolder
-from training.schedules import build_scheduler
+from training.schedules import schedule_factor
+from training.step import OptimizerStep
 from training.task import Task
 from training.trackers import MetricsLog, tracker_names
 from training.window import Window
@@ -77,30 +77,22 @@ def run_training(
         InputError: for a loss that is not finite, an unusable checkpoint, a full disk.
         TrainingInterrupted: after Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    accelerator = _accelerator(config.mixed_precision, wandb_logging)
+    accelerator = _accelerator(config, wandb_logging)
     set_seed(seed, device_specific=True)
     trainer = _Trainer(task, config, run, accelerator, seed)
     return trainer.run(resume, progress)
 
 
-def _accelerator(mixed_precision: str, wandb_logging: bool) -> Accelerator:
+def _accelerator(config: LoopConfig, wandb_logging: bool) -> Accelerator:
     """A fresh Accelerator; one process may train several models, each with its own precision."""
     device = process_state().device
-    if mixed_precision == "auto":
-        mixed_precision = "fp16" if device.type == "cuda" else "no"
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision, log_with=tracker_names(wandb_logging))
-
-
-def _optimizer(model: nn.Module, config: LoopConfig) -> Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise InputError("the model has no trainable parameters.")
-    if config.optimizer == "adagrad":
-        return Adagrad(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=config.precision_on(device),
+        log_with=tracker_names(wandb_logging),
+    )
 
 
 @dataclass
@@ -141,20 +133,22 @@ class _Trainer:
         self._store = CheckpointStore(run.checkpoints, config.keep_checkpoints)
         self._log = MetricsLog(run, accelerator, {**asdict(config), "seed": seed})
         self._guard = InterruptGuard()
+        self._uses_graphs = config.uses_cuda_graphs(accelerator.num_processes)
         task.model.to(accelerator.device)
-        optimizer = _optimizer(task.model, config)
-        self._scheduler = build_scheduler(
-            optimizer, config.schedule, warmup_steps=config.warmup_steps, num_steps=config.num_steps
-        )
-        self._optimizer = optimizer
-        self._model, _ = accelerator.prepare(task.model, optimizer)
-        # Accelerate casts inside forward alone; _backward casts all of the task's loss, and evaluation stays in fp32.
+        self._optimizer = build_optimizer(task.model, config, recorded=self._uses_graphs)
+        self._model = accelerator.prepare(task.model)
+        # Accelerate casts inside forward alone; the step casts all of the task's loss, and evaluation stays in fp32.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(task.model).pop(name, None)
-        self._parameters = list(self._model.parameters())
+        self._optimizer_step = OptimizerStep(
+            task, self._model, self._optimizer, accelerator=accelerator, config=config, recorded=self._uses_graphs
+        )
+        self._rate_factor = schedule_factor(
+            config.schedule, warmup_steps=config.warmup_steps, num_steps=config.num_steps
+        )
         self._window = Window(accelerator, overflow_allowed=accelerator.scaler is not None)
         self._saved = self._state.position
-        self._learning_rate = 0.0
+        self._learning_rate = config.learning_rate
 
     def run(self, resume: str | None, bar: bool | None) -> TrainingResult:
         """Train to the end and load the best weights."""
@@ -162,6 +156,7 @@ class _Trainer:
         self._progress = Progress(num_steps=self._config.num_steps, bar=bar, enabled=is_main)
         try:
             self._resume(resume)
+            self._announce()
             self._begin = _Begin(self._state.step, self._state.seconds, time.perf_counter())
             with self._guard:
                 stopped_because = self._train()
@@ -206,36 +201,17 @@ class _Trainer:
         return "max_minutes" if self._agreed(limit is not None and self._seconds() >= 60 * limit) else None
 
     def _step(self) -> None:
-        """One optimizer step."""
-        count = self._config.gradient_accumulation_steps
-        for index in range(count):
-            batch = self._task.batch(self._state.step * count + index).to(self._accelerator.device)
-            with nullcontext() if index == count - 1 else self._accelerator.no_sync(self._model):
-                self._backward(batch)
-        maximum = self._config.max_grad_norm
-        norm = self._accelerator.clip_grad_norm_(self._parameters, math.inf if maximum is None else maximum)
-        self._window.add_step(norm)
-        self._learning_rate = float(self._scheduler.get_last_lr()[0])
-        self._update()
-        self._scheduler.step()
-        self._optimizer.zero_grad()
-        self._state.step += 1
+        """One optimizer step; nothing in it waits for the device."""
+        state, count = self._state, self._config.gradient_accumulation_steps
+        self._set_rate(self._config.learning_rate * self._rate_factor(state.step))
+        self._window.add(self._optimizer_step(self._task.batch(state.step * count + index) for index in range(count)))
+        state.step += 1
         self._progress.advance()
 
-    def _update(self) -> None:
-        """Step the optimizer itself: Accelerate's wrapper searches the installed packages twice at each step."""
-        scaler = self._accelerator.scaler
-        if scaler is None:
-            self._optimizer.step()
-        else:
-            scaler.step(self._optimizer)
-            scaler.update()
-
-    def _backward(self, batch: Any) -> None:
-        with self._accelerator.autocast():
-            losses = self._task.loss(self._model, batch, self._state.step)
-        self._accelerator.backward(losses["loss"] / self._config.gradient_accumulation_steps)
-        self._window.add_batch(losses, len(batch))
+    def _set_rate(self, rate: float) -> None:
+        if rate != self._learning_rate:
+            set_rate_(self._optimizer, rate)
+            self._learning_rate = rate
 
     def _log_window(self) -> None:
         self._require_finite()
@@ -297,8 +273,7 @@ class _Trainer:
         self._require_finite()
         state = {
             "model": self._task.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
+            "optimizer": optimizer_state(self._optimizer),
             "scaler": self._accelerator.scaler.state_dict() if self._accelerator.scaler else None,
             "window": self._window.state_dict(),
             "random": gather_object([random_state(self._accelerator.device)]),
@@ -306,6 +281,15 @@ class _Trainer:
         progress = {**asdict(self._state), "seconds": self._seconds()}
         on_main(lambda: self._store.save(self._state.step, state, progress))
         self._saved = self._state.position
+
+    def _announce(self) -> None:
+        """Say once, and note in env.json, how this run computes."""
+        device = self._accelerator.device
+        backend = describe_backend(device.type)
+        graphs = "the training step as CUDA graphs" if self._uses_graphs else "without CUDA graphs"
+        precision = self._accelerator.mixed_precision
+        self._progress.say(f"{backend}, {graphs}, mixed precision {precision}")
+        self._run.note(ops=backend, cuda_graphs=self._uses_graphs, mixed_precision=precision)
 
     def _resume(self, resume: str | None) -> None:
         chosen: list[Path | None] = [None]
@@ -333,30 +317,19 @@ class _Trainer:
             )
         try:
             self._task.model.load_state_dict(state["model"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state_(self._optimizer, state["optimizer"])
         except (RuntimeError, ValueError) as error:
             summary = " ".join(str(error).split())[:300]
             raise InputError(
                 f"{checkpoint} does not fit this model or optimizer: {summary} Resume with the config of that run, "
                 "or start again with --overwrite."
             ) from error
-        self._scheduler.load_state_dict(state["scheduler"])
-        self._impose_config()
         if self._accelerator.scaler and state["scaler"]:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._window.load_state_dict(state["window"])
         self._state = _State(**progress)
         self._saved = self._state.position
         restore_random_state(state["random"][index], self._accelerator.device)
-
-    def _impose_config(self) -> None:
-        """Rate and weight decay as the config says now; the loaded states hold those of the interrupted run."""
-        rate = self._config.learning_rate
-        self._scheduler.base_lrs = [rate for _ in self._scheduler.base_lrs]
-        for group, factor in zip(self._optimizer.param_groups, self._scheduler.lr_lambdas, strict=True):
-            group["weight_decay"] = self._config.weight_decay
-            group["initial_lr"] = rate
-            group["lr"] = rate * factor(self._scheduler.last_epoch)
 
     def _aside(self, work: Callable[[], None]) -> None:
         """Do something whose time does not count as time of steps."""

@@ -1,6 +1,7 @@
 """How to train: steps, rates, precision, and when to log, evaluate, save and stop."""
 
 import math
+import platform
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,14 +22,17 @@ class LoopConfig:
         learning_rate: after warm-up, before decay.
         schedule: see schedules.py.
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
-        mixed_precision: "auto" is fp16 on CUDA and none elsewhere; fp16 needs CUDA.
+        mixed_precision: "auto" is fp16 on CUDA, bf16 on processors with AMX, and none elsewhere, where it gains
+            little; fp16 needs CUDA, bf16 a processor or GPU that computes in it.
+        cuda_graphs: replay the whole training step as one launch. "auto" does so wherever it can: AdamW on one CUDA
+            device without gradient accumulation. False never, True insists.
         eval_every, checkpoint_every, log_every: steps.
         patience: evaluations without improvement after which training stops; None never.
         keep_checkpoints: newest ones that stay on disk.
         max_minutes: budget of training time, earlier parts of a resumed run included; None is unlimited.
 
     Raises:
-        InputError: for a value out of range, or a precision that this machine lacks.
+        InputError: for a value out of range, or a precision or graphs that this machine lacks.
     """
 
     num_steps: int
@@ -40,6 +44,7 @@ class LoopConfig:
     warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    cuda_graphs: bool | Literal["auto"] = "auto"
     eval_every: int = 1000
     patience: int | None = None
     log_every: int = 50
@@ -56,13 +61,54 @@ class LoopConfig:
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"LoopConfig.{name} expected a positive number, got {value}.")
         _check_precision(self.mixed_precision)
+        self.uses_cuda_graphs()
+
+    def precision_on(self, device: torch.device) -> str:
+        """What "auto" means on a device; else the precision that was set."""
+        if self.mixed_precision != "auto":
+            return self.mixed_precision
+        if device.type == "cuda":
+            return "fp16"
+        return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "no"
+
+    def uses_cuda_graphs(self, num_processes: int = 1) -> bool:
+        """Whether training steps are recorded, on this machine and among so many processes.
+
+        Raises:
+            InputError: if they must be and cannot.
+        """
+        problem = self._graphs_problem(num_processes)
+        if self.cuda_graphs is True and problem is not None:
+            raise InputError(f'LoopConfig.cuda_graphs = True needs {problem}. Use "auto" or False.')
+        return bool(self.cuda_graphs) and problem is None
+
+    def _graphs_problem(self, num_processes: int) -> str | None:
+        if not torch.cuda.is_available():
+            return "a CUDA device, this run is on cpu"
+        if self.optimizer != "adamw":
+            return f'optimizer "adamw", got "{self.optimizer}"'
+        if self.gradient_accumulation_steps != 1:
+            return f"gradient_accumulation_steps = 1, got {self.gradient_accumulation_steps}"
+        return f"a single process, this run has {num_processes}" if num_processes > 1 else None
 
 
 def _check_precision(mixed_precision: str) -> None:
-    """Accelerate ignores fp16 on the CPU without a word."""
+    """Accelerate ignores fp16 on the CPU without a word; bf16 runs on any processor, slower than fp32 on most."""
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError(
             'LoopConfig.mixed_precision = "fp16" needs a CUDA device, this run is on cpu. Use "auto", "no" or "bf16".'
         )
     if mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise InputError(f'{torch.cuda.get_device_name()} has no bf16. Use mixed_precision "auto" or "fp16".')
+    if mixed_precision == "bf16" and not torch.cuda.is_available() and not processor_has_bf16():
+        raise InputError(
+            'LoopConfig.mixed_precision = "bf16" needs AVX512-BF16 or AMX, which this processor lacks: it would be '
+            'slower than fp32. Use "auto" or "no".'
+        )
+
+
+def processor_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 by itself."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -114,6 +114,11 @@ class RunFolder:
                 )
         on_main(lambda: replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n"))
 
+    def note(self, **facts: Any) -> None:
+        """Add how this run computes to env.json."""
+        environment = {**self.environment(), **facts}
+        on_main(lambda: replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n"))
+
     def drop_metrics_after(self, step: int, *, evaluated_step: int) -> None:
         """Forget the steps and evaluations logged after these: a resumed run logs them again."""
         if process_state().is_main_process and self.metrics_log.is_file():

@@ -4,9 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-
 ScheduleName = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 
 
@@ -27,8 +24,3 @@ def schedule_factor(name: ScheduleName, *, warmup_steps: int, num_steps: int) ->
         return 1.0 - progress if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return lambda step: (step + 1) / warmup_steps if step < warmup_steps else decayed(step)
-
-
-def build_scheduler(optimizer: Optimizer, name: ScheduleName, *, warmup_steps: int, num_steps: int) -> LambdaLR:
-    """Scheduler that sets the rate of every parameter group; step it once per optimizer step."""
-    return LambdaLR(optimizer, schedule_factor(name, warmup_steps=warmup_steps, num_steps=num_steps))

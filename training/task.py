@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class Batch(Protocol):
-    """Anything with a number of examples that can move to a device: a tensor, a SeqBatch."""
+    """Anything with a number of examples that can move to a device: a tensor, or a dataclass such as a SeqBatch.
+
+    To be recorded in a CUDA graph, a dataclass holds tensors and plain values only.
+    """
 
     def __len__(self) -> int: ...
 
@@ -37,10 +40,12 @@ class Task(Protocol):
         """
         ...
 
-    def loss(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
-        """Scalars by name; "loss" is optimised, the rest is logged. `step` counts optimizer steps.
+    def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Scalars by name; "loss" is optimised, the rest is logged.
 
-        `model` may be wrapped for several processes: call it, and read attributes from the task's own.
+        A function of the batch and of the model's weights alone: on CUDA devices it may be recorded and replayed
+        (see `ops/graphs.py`), so whatever else changes from step to step is a tensor of the batch. `model` may be
+        wrapped for several processes: call it, and read attributes from the task's own.
         """
         ...
 

@@ -7,14 +7,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from training.step import StepSums
+
 
 class Window:
-    """Sums of losses, gradient norms and examples since the last log.
+    """Sums of losses, gradient norms and examples since the last log: one vector, one addition per step.
 
     Args:
         accelerator: averages over processes when the sums are read.
-        overflow_allowed: gradients may overflow now and then (fp16 loss scaling skips such steps); they are counted
-            and left out of the mean norm.
+        overflow_allowed: gradients may overflow now and then (fp16 loss scaling skips such steps); their number is
+            reported.
     """
 
     def __init__(self, accelerator: Accelerator, *, overflow_allowed: bool) -> None:
@@ -24,25 +26,22 @@ class Window:
 
     def reset(self) -> None:
         """Start a new window now."""
-        self._sums: dict[str, Tensor] = {}
+        self._names: tuple[str, ...] = ()
+        self._sums = torch.zeros(0)
         self._batches = 0
         self._steps = 0
         self._examples = 0
         self._started = time.perf_counter()
 
-    def add_batch(self, losses: dict[str, Tensor], num_examples: int) -> None:
-        """Losses of one batch."""
-        for name, value in losses.items():
-            self._add(f"loss/{name}", value.detach())
-        self._batches += 1
-        self._examples += num_examples
-
-    def add_step(self, gradient_norm: Tensor) -> None:
-        """Gradient norm of one optimizer step."""
-        overflow = ~torch.isfinite(gradient_norm)
-        self._add("overflow", overflow)
-        norm = torch.where(overflow, 0.0, gradient_norm) if self._overflow_allowed else gradient_norm
-        self._add("norm", norm)
+    def add(self, step: StepSums) -> None:
+        """One optimizer step."""
+        if self._names == step.names:
+            self._sums += step.values
+        else:
+            self._sums = self._ordered(step.names, step.values) + step.values
+            self._names = step.names
+        self._batches += step.num_batches
+        self._examples += step.num_examples
         self._steps += 1
 
     def restart_clock(self) -> None:
@@ -60,14 +59,12 @@ class Window:
 
     def is_finite(self) -> bool:
         """Whether every loss, and every gradient unless overflow is allowed, was finite. Waits for the device."""
-        sums = [value for name, value in self._sums.items() if name != "overflow"]
-        return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+        return bool(torch.isfinite(self._sums).all())
 
     def read(self) -> dict[str, float]:
         """Means since the last log: train/loss and its parts, gradient norm, examples per second over all processes."""
-        names = list(self._sums)
-        means = self._accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="mean")
-        sums = dict(zip(names, means.tolist(), strict=True))
+        means = self._accelerator.reduce(self._sums, reduction="mean")
+        sums = dict(zip(self._names, means.tolist(), strict=True))
         seconds = time.perf_counter() - self._started
         overflow = sums.pop("overflow")
         values = {
@@ -83,15 +80,18 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the clock."""
-        sums = {name: value.cpu() for name, value in self._sums.items()}
+        sums = dict(zip(self._names, self._sums.cpu().clone(), strict=True))
         return {"sums": sums, "batches": self._batches, "steps": self._steps, "examples": self._examples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a saved window; its speed counts from now."""
         self.reset()
-        self._sums = {name: value.to(self._accelerator.device) for name, value in state["sums"].items()}
+        if state["sums"]:
+            self._names = tuple(state["sums"])
+            self._sums = torch.stack(list(state["sums"].values())).to(self._accelerator.device)
         self._batches, self._steps = state["batches"], state["steps"]
 
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def _ordered(self, names: tuple[str, ...], like: Tensor) -> Tensor:
+        """The sums in the order of these names, zero for a new one."""
+        sums = dict(zip(self._names, self._sums, strict=True))
+        return torch.stack([sums[name] if name in sums else torch.zeros_like(like[0]) for name in names])

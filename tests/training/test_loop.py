@@ -10,7 +10,7 @@ from data.schemas import InputError
 from tests.training.tiny import LinearTask, loop_config, train_tiny, weights
 from training.interrupt import TrainingInterrupted
 from training.loop import run_training
-from training.loop_config import LoopConfig
+from training.loop_config import LoopConfig, processor_has_bf16
 from training.run_folder import RunFolder, RunOptions
 
 
@@ -120,6 +120,7 @@ def test_a_resumed_run_takes_rate_and_weight_decay_of_its_config(tmp_path):
 def test_accumulation_equals_one_large_batch(tmp_path):
     class Halves(LinearTask):
         def batch(self, step):
+            self.last_step = step // 2
             return self.examples(step // 2)[4 * (step % 2) : 4 * (step % 2) + 4]
 
     large, halves = LinearTask(dropout=0.0), Halves(dropout=0.0)
@@ -169,8 +170,8 @@ def test_log_records_means_since_the_last_log(tmp_path):
     losses = []
     plain = task.loss
 
-    def loss(model, batch, step):
-        values = plain(model, batch, step)
+    def loss(model, batch):
+        values = plain(model, batch)
         losses.append(values["loss"].item())
         return values
 
@@ -188,8 +189,8 @@ def test_log_records_means_since_the_last_log(tmp_path):
 
 def test_gradients_are_clipped(tmp_path):
     class Raw(LinearTask):
-        def loss(self, model, batch, step):
-            return {"loss": 1e4 * super().loss(model, batch, step)["loss"]}
+        def loss(self, model, batch):
+            return {"loss": 1e4 * super().loss(model, batch)["loss"]}
 
     free, clipped = Raw(dropout=0.0), Raw(dropout=0.0)
     start = weights(free)
@@ -231,14 +232,15 @@ def test_fp16_on_cpu_is_refused(tmp_path):
         train_tiny(tmp_path / "run", LinearTask(), mixed_precision="fp16")
 
 
+@pytest.mark.skipif(not processor_has_bf16(), reason="needs a processor with bf16")
 def test_bf16_computes_the_loss_in_bf16_and_evaluates_in_fp32(tmp_path):
     task = LinearTask(dropout=0.0)
     dtypes = {}
     plain_loss, plain_evaluate = task.loss, task.evaluate
 
-    def loss(model, batch, step):
+    def loss(model, batch):
         dtypes["train"] = model(batch[:, :4]).dtype
-        return plain_loss(model, batch, step)
+        return plain_loss(model, batch)
 
     def evaluate(model):
         dtypes["evaluate"] = model(torch.zeros(1, 4)).dtype
@@ -247,7 +249,7 @@ def test_bf16_computes_the_loss_in_bf16_and_evaluates_in_fp32(tmp_path):
     task.loss, task.evaluate = loss, evaluate
     train_tiny(tmp_path / "bf16", task, num_steps=2, mixed_precision="bf16")
     assert dtypes == {"train": torch.bfloat16, "evaluate": torch.float32}
-    train_tiny(tmp_path / "auto", task, num_steps=2)  # another precision in the same process
+    train_tiny(tmp_path / "no", task, num_steps=2, mixed_precision="no")  # another precision in the same process
     assert dtypes["train"] == torch.float32
 
 
@@ -310,10 +312,20 @@ def test_tied_weights_survive_saving_and_loading(tmp_path):
 def test_plain_lines_when_stderr_is_no_terminal(tmp_path, capsys):
     train_tiny(tmp_path / "run", LinearTask(), num_steps=10)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("step 5/10  loss ")
-    assert " examples/s " in lines[0]
-    assert lines[0].endswith(" left")
+    assert lines[0].startswith("ops run ")
+    assert lines[1].startswith("step 5/10  loss ")
+    assert " examples/s " in lines[1]
+    assert lines[1].endswith(" left")
     assert any(line.startswith("step 10: valid/error ") and line.endswith("(best so far)") for line in lines)
+
+
+def test_the_run_folder_says_how_the_run_computes(tmp_path):
+    train_tiny(tmp_path / "run", LinearTask(), num_steps=2, mixed_precision="no", cuda_graphs=False)
+    environment = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert environment["ops"].startswith("ops run ")
+    assert environment["cuda_graphs"] is False
+    assert environment["mixed_precision"] == "no"
+    assert "versions" in environment
 
 
 class SignalledTask(LinearTask):

@@ -1,0 +1,99 @@
+"""Both shipped tasks in small, and their steps without the loop around them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import train_rqvae
+from data.batching import ExampleStrategy, TrainingBatches
+from data.schemas import Histories, Ranges
+from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
+from modules.quantize import QuantizeMode
+from modules.rqvae import RqVae, RqVaeConfig
+from modules.tokenizer.sequence import SequenceTokenizer
+from tests.training.tiny import loop_config
+from train_decoder import RetrievalTask
+from train_rqvae import RqVaeTask
+from training.optimizers import build_optimizer
+from training.step import OptimizerStep
+from training.task import Task
+
+RATE = 2**-8
+"""The same number in fp32, in which a recorded rate is held."""
+
+CPU = torch.device("cpu")
+
+
+def optimizer_step(task: Task, accelerator: Any, *, recorded: bool) -> OptimizerStep:
+    """A step at a constant rate; `accelerator` has device, autocast and scaler."""
+    config = loop_config(learning_rate=RATE)
+    task.model.to(accelerator.device).train()
+    optimizer = build_optimizer(task.model, config, recorded=recorded)
+    return OptimizerStep(task, task.model, optimizer, accelerator=accelerator, config=config, recorded=recorded)
+
+
+def train(task: Task, accelerator: Any, *, recorded: bool, num_steps: int) -> Tensor:
+    """[steps, numbers] that are logged; the model is trained in place."""
+    step = optimizer_step(task, accelerator, recorded=recorded)
+    torch.manual_seed(5)
+    return torch.stack([step([task.batch(index)]).values.clone() for index in range(num_steps)])
+
+
+def retrieval_task(*, fixed_capacity: bool, dropout: float = 0.1, device: torch.device = CPU) -> RetrievalTask:
+    """Fifty users, thirty items, one layer; batches of 32."""
+    torch.manual_seed(0)
+    sizes = (8, 8, 4)
+    config = RetrievalModelConfig(
+        languages={"text": sizes},
+        d_model=16,
+        num_heads=2,
+        head_dim=8,
+        d_ff=32,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_user_buckets=5,
+        dropout=dropout,
+    )
+    model = EncoderDecoderRetrievalModel(config)
+    lengths = torch.randint(2, 12, (50,))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    num_items = int(offsets[-1])
+    histories = Histories(
+        offsets, torch.randint(30, (num_items,), dtype=torch.int32), torch.arange(num_items), torch.arange(50)
+    )
+    rows = torch.arange(50, dtype=torch.int32)
+    batches = TrainingBatches(
+        histories,
+        Ranges(rows, torch.zeros_like(rows), (lengths - 1).int()),
+        strategy=ExampleStrategy.EVERY_PREFIX,
+        max_history=8,
+        batch_size=32,
+        seed=0,
+        device=device,
+        fixed_capacity=fixed_capacity,
+    )
+    semantic_ids = torch.stack([torch.randint(size, (30,)) for size in sizes], dim=1)
+    tokenize = SequenceTokenizer(semantic_ids, model.vocabulary)
+    return RetrievalTask(model, batches, tokenize=tokenize, validate=dict)
+
+
+def rqvae_task(mode: QuantizeMode, *, num_batches: int, device: torch.device = CPU) -> RqVaeTask:
+    """Forty items of eight features; batches of 16."""
+    torch.manual_seed(0)
+    config = RqVaeConfig(input_dim=8, hidden_dims=(8,), embed_dim=4, codebook_sizes=(6, 6), mode=mode)
+    alone = SimpleNamespace(device=device, process_index=0, num_processes=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_rqvae, "process_state", lambda: alone)
+        return RqVaeTask(
+            RqVae(config),
+            np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32),
+            batch_size=16,
+            seed=0,
+            temperature=(2.0, 0.05),
+            num_batches=num_batches,
+            min_codebook_use=0.1,
+        )
