@@ -3,9 +3,10 @@
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +16,16 @@ from data.schemas import InputError
 BACKENDS = ("auto", "torch", "triton")
 OLDEST_TRITON = (3, 6)
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 _logger = logging.getLogger("ops")
 _override: str | None = None
+
+
+def _constant_when_compiled(function: _F) -> _F:
+    """What `torch.compiler.assume_constant_result` does, without importing the compiler and, through it, Triton."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextmanager
@@ -71,10 +80,14 @@ def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_constant_when_compiled
 def say_once(message: str) -> None:
     """Log a warning, the first time only."""
+    _warn(message)
+
+
+@functools.cache
+def _warn(message: str) -> None:
     _logger.warning(message)
 
 
@@ -89,7 +102,7 @@ def _known(name: str, where: str) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _chosen(override: str | None, device_type: str) -> bool:
     """A compiler takes the answer as it is: it cannot trace caches and logging."""
     return _decide(override or _from_environment(), device_type)
