@@ -18,7 +18,13 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m mypy
 
 bench: $(VENV)/.installed-dev
+	$(RUN) -m benchmarks.attention
+	$(RUN) -m benchmarks.add_rms_norm
+	$(RUN) -m benchmarks.cross_entropy
 	$(RUN) -m benchmarks.train_step
+	$(RUN) -m benchmarks.rqvae_step
+	$(RUN) -m benchmarks.assign_ids
+	$(RUN) -m benchmarks.length_scaling
 	$(RUN) -m benchmarks.prepare
 
 clean:

@@ -89,9 +89,18 @@ def _copy_cross_attention(layer: Any, cross_kv: Tensor, part: Any) -> None:
     part.layer_norm.weight.copy_(layer.cross_attention_norm.weight)
 
 
-def t5_inputs(batch: TokenizedSeqBatch, model: EncoderDecoderRetrievalModel) -> dict[str, Tensor]:
-    """The batch as T5 takes it: padded to its longest row, with the target's tokens as labels (no end token)."""
-    longest = int(batch.offsets.diff().max())
+def t5_inputs(
+    batch: TokenizedSeqBatch, model: EncoderDecoderRetrievalModel, longest: int | None = None
+) -> dict[str, Tensor]:
+    """The batch as T5 takes it, with the target's tokens as labels (no end token).
+
+    Args:
+        batch: with targets.
+        model: knows the tokens.
+        longest: pad to that many tokens; None pads to the batch's longest row.
+    """
+    if longest is None:
+        longest = int(batch.offsets.diff().max())
     assert batch.target_codes is not None
     level_offsets = batch.target_codes.new_tensor(model.vocabulary.level_offsets(model.language))
     return {

@@ -8,18 +8,15 @@ Writes `benchmarks/results/<device>/NAME.json`, and beside it NAME.gin (the conf
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import print_table, without_paths, write_result
 from data.schemas import InputError
 from training.cli import run_cli
-
-_PATH = re.compile(r"(?<![\w.])/[\w./-]+/([\w.-]+)")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     rows = [_about(arguments.run, arguments.tokenizer_run), *_ranker_rows(_read(arguments.run / "metrics.json"))]
     path = write_result(arguments.name, rows)
     path.with_suffix(".gin").write_text(
-        _without_paths((arguments.run / "config.gin").read_text(encoding="utf-8")), encoding="utf-8"
+        without_paths((arguments.run / "config.gin").read_text(encoding="utf-8")), encoding="utf-8"
     )
     shutil.copyfile(arguments.run / "ranks_test.safetensors", path.with_suffix(".ranks.safetensors"))
     print_table(rows[1:])
@@ -47,7 +44,7 @@ def _about(run: Path, tokenizer_run: Path) -> dict[str, Any]:
     return {
         "case": "run",
         **{key: environment[key] for key in ("commit", "seed", "hardware", "versions", "data_manifest_hash")},
-        "command": _without_paths(environment["command"]),
+        "command": without_paths(environment["command"]),
         **{key: metrics[key] for key in ("steps", "best_step", "seconds")},
         "tokenizer": {key: value for key, value in tokenizer.items() if isinstance(value, int | float)},
     }
@@ -63,11 +60,6 @@ def _ranker_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
             row = rows.setdefault((ranker, role, part), {"case": f"{role}/{part}", "implementation": ranker})
             row[metric] = value
     return list(rows.values())
-
-
-def _without_paths(text: str) -> str:
-    """The text with absolute paths cut to their last part: results are for other machines too."""
-    return _PATH.sub(r"\1", text)
 
 
 def _read(path: Path) -> dict[str, Any]:

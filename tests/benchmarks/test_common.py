@@ -1,7 +1,24 @@
 import json
 import re
 
-from benchmarks.common import device_name, measure, print_table, summarize, write_result
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.common import (
+    begin,
+    device_name,
+    interleaved,
+    measure,
+    parser,
+    peak_memory,
+    print_table,
+    ratios,
+    summarize,
+    without_paths,
+    write_result,
+)
+from data.schemas import InputError
 
 
 def test_results_carry_the_envelope(tmp_path):
@@ -33,3 +50,50 @@ def test_warm_up_is_not_timed():
 def test_table_has_a_column_for_every_key(capsys):
     print_table([{"case": "a", "ms": 1.25}, {"case": "bb", "mb": 3}])
     assert capsys.readouterr().out.splitlines() == ["case  ms     mb", "a     1.250", "bb           3"]
+
+
+def test_several_calls_make_one_sample():
+    calls = []
+    assert len(measure(lambda: calls.append(1), repeats=3, warmup=1, calls=5)) == 3
+    assert len(calls) == 1 + 3 * 5
+
+
+def test_contenders_take_turns():
+    calls = []
+    seconds = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2, warmup=1)
+    assert calls == ["a", "b", "a", "b", "a", "b"]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_peak_memory_counts_what_is_freed_again():
+    result = {}
+    with peak_memory(result):
+        np.ones(8 * 2**20).sum()  # 64 MB
+    assert 60 < result["peak_mb"] < 90
+
+
+def test_ratios_by_hand():
+    rows = [
+        {"implementation": "ours", "median_ms": 2.0},
+        {"implementation": "theirs", "median_ms": 5.0},
+        {"implementation": "nobody", "note": "n/a"},
+    ]
+    assert ratios(rows, of="ours") == {"theirs": 2.5}
+    assert ratios(rows, of="nobody") == {}
+
+
+def test_results_name_no_paths_of_this_machine():
+    text = without_paths("python -m benchmarks.x --results /somewhere/out --lengths data/x --y=/a/b")
+    assert text == "python -m benchmarks.x --results out --lengths data/x --y=b"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_device_is_the_one_that_is_there():
+    threads = torch.get_num_threads()
+    try:
+        assert begin(parser("").parse_args(["--threads", "1"])) == "cpu"
+        assert torch.get_num_threads() == 1
+        with pytest.raises(InputError, match="--device cuda: PyTorch finds no GPU here"):
+            begin(parser("").parse_args(["--device", "cuda"]))
+    finally:
+        torch.set_num_threads(threads)
