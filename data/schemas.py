@@ -206,13 +206,14 @@ class SeqBatch:
         return len(self.offsets) - 1
 
     def to(self, device: torch.device | str) -> "SeqBatch":
-        """The same batch on another device."""
+        """The same batch on another device; copies to a GPU do not wait for it."""
+        soon = torch.device(device).type == "cuda"
         return replace(
             self,
-            item_ids=self.item_ids.to(device),
-            offsets=self.offsets.to(device),
-            user_hashes=self.user_hashes.to(device),
-            targets=None if self.targets is None else self.targets.to(device),
+            item_ids=self.item_ids.to(device, non_blocking=soon),
+            offsets=self.offsets.to(device, non_blocking=soon),
+            user_hashes=self.user_hashes.to(device, non_blocking=soon),
+            targets=None if self.targets is None else self.targets.to(device, non_blocking=soon),
         )
 
     def unseen(self, num_items: int) -> Tensor:

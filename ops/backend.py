@@ -74,10 +74,14 @@ def describe_backend(device_type: str) -> str:
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on (float64 is left alone), else unchanged."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+    return tuple(tensor.to(autocast_dtype(device, tensor.dtype)) for tensor in tensors)
+
+
+def autocast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products of tensors of `dtype`: autocast's where that is on (but float64 stays), else `dtype`."""
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 @_constant_when_compiled

@@ -56,6 +56,11 @@ def check_max_len(op: str, name: str, max_len: int, offsets: Tensor) -> None:
         raise ValueError(f"ops.{op} expected {name} at least as long as the longest row ({longest}), got {max_len}.")
 
 
+def waits_for_devices() -> bool:
+    """Whether values on GPUs are read, too, so that nothing can be recorded there."""
+    return _DEBUG
+
+
 def _reads_values(offsets: Tensor) -> bool:
     return (offsets.device.type == "cpu" or _DEBUG) and not torch.compiler.is_compiling()
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ops.backend import say_once
+from ops.checks import waits_for_devices
 
 Output = TypeVar("Output")
 
@@ -173,8 +174,8 @@ class GraphedCall(Generic[Output]):
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """What records on a device; None where nothing does."""
-    return CudaRecorder(device) if device.type == "cuda" else None
+    """What records on a device; None where nothing does, or where OPS_DEBUG=1 looks at values."""
+    return CudaRecorder(device) if device.type == "cuda" and not waits_for_devices() else None
 
 
 class CudaRecorder:

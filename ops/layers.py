@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ops import checks
-from ops.backend import say_once, to_autocast_dtype, uses_cpu_path, uses_triton
+from ops.backend import autocast_dtype, say_once, to_autocast_dtype, uses_cpu_path, uses_triton
 from ops.cpu.add_rms_norm import add_rms_norm as _add_rms_norm_cpu
 from ops.cpu.dropout import dropout as _dropout_cpu
 from ops.cpu.relu_feed_forward import relu_feed_forward as _relu_feed_forward_cpu
@@ -67,7 +67,8 @@ def add_rms_norm(
         seed: [1] int64 that fixes the mask, or None to draw one.
 
     Returns:
-        (normed, residual + dropout(x)), both [T, D] in the wider of the two inputs' dtypes; statistics fp32.
+        (normed, residual + dropout(x)), both [T, D] in the wider of the two inputs' dtypes; statistics fp32. Under
+        autocast normed is in its dtype, that of the product which comes next.
 
     Raises:
         ValueError: if the shapes disagree or dropout_p is outside [0, 1).
@@ -81,13 +82,15 @@ def add_rms_norm(
         )
     checks.check_dropout("add_rms_norm", dropout_p)
     checks.check_device("add_rms_norm", x=x, residual=residual, weight=weight, seed=seed)
+    stream_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    normed_dtype = autocast_dtype(x.device.type, stream_dtype)
     if _runs_on_triton(x, residual, weight) and _fits_norm_kernel(x.shape[1]):
         from ops.triton.add_rms_norm import add_rms_norm as twin
 
-        return twin(x, residual, weight, eps, dropout_p, seed)
+        return twin(x, residual, weight, eps, dropout_p, seed, normed_dtype)
     if uses_cpu_path(x.device.type, seed):
-        return _add_rms_norm_cpu(x, residual, weight, eps, dropout_p)
-    return _add_rms_norm(x, residual, weight, eps, dropout_p, seed)
+        return _add_rms_norm_cpu(x, residual, weight, eps, dropout_p, normed_dtype)
+    return _add_rms_norm(x, residual, weight, eps, dropout_p, seed, normed_dtype)
 
 
 def relu_feed_forward(

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 from data.files import disk_problem
 from data.schemas import InputError
+from ops import describe_backend
 from training.gin_config import clear_config, load_config, plain_message
 from training.interrupt import EXIT_CODE, termination_interrupts
-from training.processes import leave_together
+from training.processes import leave_together, uses_cuda
 from training.run_folder import RunOptions
 
 __all__ = ["RunOptions", "main", "run_cli"]
@@ -87,6 +88,7 @@ def _train(train: Callable[..., object], script: str, argv: Sequence[str]) -> in
         if arguments.print_config:
             print(config.operative_config(), end="")
             return 0
+        describe_backend("cuda" if uses_cuda() else "cpu")  # refuses an impossible OPS_BACKEND before any work
         train(
             options=RunOptions(
                 resume=arguments.resume,

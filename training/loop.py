@@ -202,10 +202,11 @@ class _Trainer:
 
     def _step(self) -> None:
         """One optimizer step; nothing in it waits for the device."""
-        state, count = self._state, self._config.gradient_accumulation_steps
-        self._set_rate(self._config.learning_rate * self._rate_factor(state.step))
-        self._window.add(self._optimizer_step(self._task.batch(state.step * count + index) for index in range(count)))
-        state.step += 1
+        step, count = self._state.step, self._config.gradient_accumulation_steps
+        self._set_rate(self._config.learning_rate * self._rate_factor(step))
+        batches = (self._task.batch(number) for number in range(step * count, (step + 1) * count))
+        self._window.add(self._optimizer_step(batches))
+        self._state.step += 1
         self._progress.advance()
 
     def _set_rate(self, rate: float) -> None:

@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 
 from data.schemas import InputError
+from ops.checks import waits_for_devices
 from training.checks import require_at_least
+from training.processes import uses_cuda
 from training.schedules import ScheduleName
 
 
@@ -23,9 +25,9 @@ class LoopConfig:
         schedule: see schedules.py.
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
         mixed_precision: "auto" is fp16 on CUDA, bf16 on processors with AMX, and none elsewhere, where it gains
-            little; fp16 needs CUDA, bf16 a processor or GPU that computes in it.
+            little; fp16 needs CUDA, bf16 a processor or GPU that computes in it. Evaluation is in fp32.
         cuda_graphs: replay the whole training step as one launch. "auto" does so wherever it can: AdamW on one CUDA
-            device without gradient accumulation. False never, True insists.
+            device without gradient accumulation and without OPS_DEBUG. False never, True insists.
         eval_every, checkpoint_every, log_every: steps.
         patience: evaluations without improvement after which training stops; None never.
         keep_checkpoints: newest ones that stay on disk.
@@ -83,8 +85,10 @@ class LoopConfig:
         return bool(self.cuda_graphs) and problem is None
 
     def _graphs_problem(self, num_processes: int) -> str | None:
-        if not torch.cuda.is_available():
+        if not uses_cuda():
             return "a CUDA device, this run is on cpu"
+        if waits_for_devices():
+            return "OPS_DEBUG unset, since its checks wait for the device"
         if self.optimizer != "adamw":
             return f'optimizer "adamw", got "{self.optimizer}"'
         if self.gradient_accumulation_steps != 1:
@@ -94,13 +98,13 @@ class LoopConfig:
 
 def _check_precision(mixed_precision: str) -> None:
     """Accelerate ignores fp16 on the CPU without a word; bf16 runs on any processor, slower than fp32 on most."""
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
+    if mixed_precision == "fp16" and not uses_cuda():
         raise InputError(
             'LoopConfig.mixed_precision = "fp16" needs a CUDA device, this run is on cpu. Use "auto", "no" or "bf16".'
         )
-    if mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if mixed_precision == "bf16" and uses_cuda() and not torch.cuda.is_bf16_supported():
         raise InputError(f'{torch.cuda.get_device_name()} has no bf16. Use mixed_precision "auto" or "fp16".')
-    if mixed_precision == "bf16" and not torch.cuda.is_available() and not processor_has_bf16():
+    if mixed_precision == "bf16" and not uses_cuda() and not processor_has_bf16():
         raise InputError(
             'LoopConfig.mixed_precision = "bf16" needs AVX512-BF16 or AMX, which this processor lacks: it would be '
             'slower than fp32. Use "auto" or "no".'

@@ -54,8 +54,11 @@ def load_optimizer_state_(optimizer: Optimizer, state: Mapping[str, Any]) -> Non
     """Take the moments of a checkpoint; rate, weight decay and the rest stay as this run has set them.
 
     Raises:
-        ValueError: if the state is that of another model.
+        ValueError: if the state is that of another model or optimizer.
     """
+    moment = "sum" if isinstance(optimizer, Adagrad) else "exp_avg"
+    if any(moment not in moments for moments in state["state"].values()):
+        raise ValueError(f"the state is not that of {type(optimizer).__name__}.")
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(state))
     for group, own in zip(optimizer.param_groups, settings, strict=True):

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from data.schemas import InputError
 
@@ -15,13 +15,18 @@ _PATIENCE = timedelta(days=1)
 _alone = False
 
 
+def uses_cuda() -> bool:
+    """Whether runs compute on CUDA: where there is any, unless `accelerate launch --cpu` started them."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def process_state() -> PartialState:
-    """This process among those of the run, on CUDA where there is any and on the CPU elsewhere.
+    """This process among those of the run, on CUDA or on the CPU, see `uses_cuda`.
 
     Without being told so, Accelerate starts no process group on machines without an accelerator: under torchrun each
     process would believe to be alone.
     """
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    return PartialState(cpu=not uses_cuda(), timeout=_PATIENCE)
 
 
 def on_main(action: Callable[[], object]) -> None:

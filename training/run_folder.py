@@ -2,7 +2,7 @@
 
 config.gin             as given, includes inlined
 operative_config.gin   every parameter in use, with its origin
-env.json               versions, commit, hardware, seed, data; marks the folder as a run
+env.json               versions, commit, hardware, seed, data, backend, precision; marks the folder as a run
 metrics.jsonl          one object per logged step
 metrics.json           final metrics
 ranks_*.safetensors    every user's rank, of runs that rank
@@ -95,7 +95,7 @@ class RunFolder:
                 file.write(json.dumps(_json_ready(record), allow_nan=False) + "\n")
 
     def environment(self) -> dict[str, Any]:
-        """What env.json says: versions, commit, hardware, seed, data manifest hash."""
+        """What env.json says: versions, commit, hardware, seed, data manifest hash, how the run computes."""
         return _read_environment(self.root / "env.json") or {}
 
     def require_same(self, **inputs: str) -> None:
@@ -112,12 +112,12 @@ class RunFolder:
                     f"the run in {self.root} was trained with another {name} ({before[:12]}, now {value[:12]}). "
                     "Resume with the one it had, or start a new run elsewhere."
                 )
-        on_main(lambda: replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n"))
+        on_main(lambda: self._write_environment(environment))
 
     def note(self, **facts: Any) -> None:
         """Add how this run computes to env.json."""
         environment = {**self.environment(), **facts}
-        on_main(lambda: replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n"))
+        on_main(lambda: self._write_environment(environment))
 
     def drop_metrics_after(self, step: int, *, evaluated_step: int) -> None:
         """Forget the steps and evaluations logged after these: a resumed run logs them again."""
@@ -143,7 +143,7 @@ class RunFolder:
                 self._remove_run()
             inputs = self.environment().get("inputs", {}) if self._continues() else {}
             environment = _environment(self.options.command, seed, data_manifest_hash) | {"inputs": inputs}
-            replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n")
+            self._write_environment(environment)
             if self.options.config_text:
                 replace_file(self.root / "config.gin", self.options.config_text)
                 replace_file(self.root / "operative_config.gin", self.options.operative_config)
@@ -161,6 +161,9 @@ class RunFolder:
             raise InputError(
                 f"cannot write the run folder {self.root}: {problem}. Set train.save_dir_root to a writable folder."
             ) from error
+
+    def _write_environment(self, environment: Mapping[str, Any]) -> None:
+        replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n")
 
     def _lock(self) -> None:
         """Keep other programs out of the folder until this one ends, however it ends."""

@@ -34,8 +34,8 @@ class SequenceTokenizer(nn.Module):
         if vocabulary.separator_token is not None:
             separators = torch.full_like(item_tokens[:, :1], vocabulary.separator_token)
             item_tokens = torch.cat([item_tokens, separators], dim=1)
-        # One row more, which the index NO_TARGET (-1) finds.
-        target_codes = torch.nn.functional.pad(semantic_ids, (0, 0, 0, 1), value=NO_TARGET)
+        # Row 0 is that of NO_TARGET (-1), so that an item id behind the last one is out of range, as it has to be.
+        target_codes = torch.nn.functional.pad(semantic_ids, (0, 0, 1, 0), value=NO_TARGET)
         self.register_buffer("target_codes", target_codes, persistent=False)
         self.register_buffer("item_tokens", item_tokens, persistent=False)
 
@@ -57,7 +57,7 @@ class SequenceTokenizer(nn.Module):
             tokens=tokens,
             offsets=offsets,
             max_len=max_len,
-            target_codes=None if batch.targets is None else self.target_codes[batch.targets],
+            target_codes=None if batch.targets is None else self.target_codes[batch.targets + 1],
         )
 
 

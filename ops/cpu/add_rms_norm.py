@@ -15,7 +15,13 @@ class _AddRmsNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout_p: float
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        dropout_p: float,
+        normed_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         keep = keep_mask(x.shape, dropout_p, x.device) if dropout_p > 0.0 else None
         factor = 1.0 / (1.0 - dropout_p)
@@ -25,7 +31,7 @@ class _AddRmsNorm(Function):
         rstd = torch.linalg.vector_norm(wide, dim=1, keepdim=True).pow_(2).div_(x.shape[1]).add_(eps).rsqrt_()
         ctx.save_for_backward(total, rstd, weight, keep)
         ctx.factor, ctx.x_dtype, ctx.has_residual = factor, x.dtype, residual is not None
-        return (wide * rstd).mul_(weight).to(total.dtype), total
+        return (wide * rstd).mul_(weight).to(normed_dtype), total
 
     @staticmethod
     @once_differentiable
@@ -43,11 +49,12 @@ class _AddRmsNorm(Function):
             grad_weight.to(weight.dtype),
             None,
             None,
+            None,
         )
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout_p: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout_p: float, normed_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `ops.add_rms_norm`."""
-    return _AddRmsNorm.apply(x, residual, weight, eps, dropout_p)
+    return _AddRmsNorm.apply(x, residual, weight, eps, dropout_p, normed_dtype)

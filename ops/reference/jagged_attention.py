@@ -35,7 +35,7 @@ def jagged_attention(
     keys, values = jagged_to_padded(kv, offsets_k, max_k, 0.0).unbind(2)
     scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys).to(wide) * scale
     if bias_table is not None:
-        buckets = relative_buckets(max_q, max_k, len(bias_table), max_distance, causal).to(q.device)
+        buckets = relative_buckets(max_q, max_k, len(bias_table), max_distance, causal, q.device)
         scores = scores + bias_table[buckets].permute(2, 0, 1).to(wide)
     visible = row_mask(offsets_k, max_k)[:, None, None, :]
     if causal:

@@ -25,7 +25,8 @@ def seeded_keep(seed: Tensor, dropout_p: float, num_rows: int, num_columns: int,
     device = seed.device
     columns = torch.arange((num_columns + 7) // 8, device=device)[None, :]
     rows = torch.arange(num_rows, device=device)[:, None]
-    words = _philox(seed, (columns, rows, torch.tensor(plane, device=device), torch.tensor(0, device=device)))
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    words = _philox(seed, (columns, rows, zero + plane, zero))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, dim=-1).flatten(1)[:, :num_columns] >= round(dropout_p * 65536)
 

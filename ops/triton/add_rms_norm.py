@@ -23,7 +23,7 @@ def _add_rms_norm_fwd_kernel(
     residual_ptr,  # [T, D]; read only if HAS_RESIDUAL
     weight_ptr,  # [D]
     seed_ptr,  # [1] int64; read only if DROPOUT
-    normed_ptr,  # [T, D] out
+    normed_ptr,  # [T, D] out, in a dtype of its own
     total_ptr,  # [T, D] out, residual + dropout(x)
     rstd_ptr,  # [T] fp32 out, 1 / root mean square
     num_rows,
@@ -56,7 +56,7 @@ def _add_rms_norm_fwd_kernel(
 
 @triton.jit
 def _add_rms_norm_bwd_kernel(
-    grad_normed_ptr,  # [T, D]
+    grad_normed_ptr,  # [T, D], in normed's dtype
     grad_total_ptr,  # [T, D]; read only if HAS_GRAD_TOTAL
     total_ptr,  # [T, D]
     rstd_ptr,  # [T] fp32
@@ -107,9 +107,15 @@ def _blocks(width: int) -> dict[str, int]:
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, seed: Tensor | None, eps: float, dropout_p: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    normed_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed, total, rstd = _fake_forward(x, residual, weight, seed, eps, dropout_p)
+    normed, total, rstd = _fake_forward(x, residual, weight, seed, eps, dropout_p, normed_dtype)
     num_rows, width = x.shape
     blocks = _blocks(width)
     _add_rms_norm_fwd_kernel[(cdiv(num_rows, blocks["ROWS"]),)](
@@ -121,11 +127,17 @@ def _forward(
 
 
 def _fake_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, seed: Tensor | None, eps: float, dropout_p: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    normed_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    normed = torch.empty_like(x, dtype=dtype)
-    return normed, torch.empty_like(normed), x.new_empty(len(x), dtype=torch.float32)
+    normed, total = torch.empty_like(x, dtype=normed_dtype), torch.empty_like(x, dtype=dtype)
+    return normed, total, x.new_empty(len(x), dtype=torch.float32)
 
 
 def _backward(
@@ -170,8 +182,8 @@ def _fake_backward(
 
 
 FORWARD = define(
-    "add_rms_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? seed, float eps, float dropout_p) "
-    "-> (Tensor, Tensor, Tensor)",
+    "add_rms_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? seed, float eps, float dropout_p, "
+    "ScalarType normed_dtype) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
@@ -193,8 +205,9 @@ class _AddRmsNorm(Function):
         seed: Tensor | None,
         eps: float,
         dropout_p: float,
+        normed_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        normed, total, rstd = FORWARD(x, residual, weight, seed, eps, dropout_p)
+        normed, total, rstd = FORWARD(x, residual, weight, seed, eps, dropout_p, normed_dtype)
         ctx.save_for_backward(total, rstd, weight, seed)
         # The last norm's stream goes nowhere: its gradient needs no zeros.
         ctx.set_materialize_grads(False)
@@ -211,11 +224,17 @@ class _AddRmsNorm(Function):
             ctx.dropout_p, ctx.x_dtype, ctx.has_residual,
         )  # fmt: skip
         grad_weight = partials.sum(0).to(weight.dtype)
-        return grad_x, grad_residual if ctx.has_residual else None, grad_weight, None, None, None
+        return grad_x, grad_residual if ctx.has_residual else None, grad_weight, None, None, None, None
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dropout_p: float, seed: Tensor | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    normed_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.add_rms_norm`."""
     if dropout_p == 0.0:
@@ -223,4 +242,4 @@ def add_rms_norm(
     elif seed is None:
         seed = next_seed(x.device)
     residual = None if residual is None else residual.contiguous()
-    return _AddRmsNorm.apply(x.contiguous(), residual, weight.contiguous(), seed, eps, dropout_p)
+    return _AddRmsNorm.apply(x.contiguous(), residual, weight.contiguous(), seed, eps, dropout_p, normed_dtype)

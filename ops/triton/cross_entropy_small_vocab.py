@@ -24,11 +24,12 @@ def _cross_entropy_small_vocab_fwd_kernel(
     target_ptr,  # [R] int64, counted from the slice's first column
     slices_ptr,  # [P, 2] int32, first column and end of slice r % P
     loss_ptr,  # [R] fp32 out
-    grad_ptr,  # [R, K] out, gradient of each row's own loss; written only if WITH_GRAD
+    grad_ptr,  # [R, K] out, gradient of each row's own loss times grad_scale; written only if WITH_GRAD
     num_columns,
     num_slices,
     ignore_index,
     smoothing,
+    grad_scale,
     WITH_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -70,18 +71,19 @@ def _cross_entropy_small_vocab_fwd_kernel(
             inside = (at >= begin) & (at < end)
             x = wide(tl.load(logits_ptr + start + at, mask=inside, other=float("-inf")))
             wanted = tl.where(at - begin == target, 1.0 - smoothing, 0.0) + smoothing / size
-            grad = tl.where(inside & counts, tl.exp(x - shift) / total - wanted, 0.0)
+            grad = tl.where(inside & counts, (tl.exp(x - shift) / total - wanted) * grad_scale, 0.0)
             tl.store(grad_ptr + start + at, grad.to(grad_ptr.dtype.element_ty), mask=at < num_columns)
 
 
 @triton.jit
 def _cross_entropy_small_vocab_bwd_kernel(
     grad_loss_ptr,  # [R] fp32
-    row_grad_ptr,  # [R, K] gradient of each row's own loss
+    row_grad_ptr,  # [R, K] gradient of each row's own loss times grad_scale
     grad_ptr,  # [R, K] out
     num_rows,
     num_columns,
     column_blocks,
+    grad_scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -90,8 +92,13 @@ def _cross_entropy_small_vocab_bwd_kernel(
     mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     at = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     grad_loss = tl.load(grad_loss_ptr + rows, mask=rows < num_rows, other=0.0)
-    grad = wide(tl.load(row_grad_ptr + at, mask=mask, other=0.0)) * grad_loss[:, None]
+    grad = wide(tl.load(row_grad_ptr + at, mask=mask, other=0.0)) * (grad_loss / grad_scale)[:, None]
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+def _grad_scale(dtype: torch.dtype) -> float:
+    """Power of two by which gradients, none above 1, are kept: fp16 would lose those of unlikely codes."""
+    return 32768.0 if dtype == torch.float16 else 1.0
 
 
 @functools.cache
@@ -115,7 +122,7 @@ def _forward(
     if num_rows > 0:
         _cross_entropy_small_vocab_fwd_kernel[(num_rows,)](
             logits, target, _on_device(tuple(level_slices), logits.device), loss, grad,
-            num_columns, len(level_slices) // 2, ignore_index, label_smoothing,
+            num_columns, len(level_slices) // 2, ignore_index, label_smoothing, _grad_scale(logits.dtype),
             WITH_GRAD=with_grad, BLOCK=block, num_warps=max(1, min(8, block // 512)),
         )  # fmt: skip
     return loss, grad
@@ -136,7 +143,9 @@ def _fake_forward(
 def _backward(grad_loss: Tensor, row_grad: Tensor) -> Tensor:
     grad = torch.empty_like(row_grad)
     grid, column_blocks, blocks = tiles(*row_grad.shape)
-    _cross_entropy_small_vocab_bwd_kernel[grid](grad_loss, row_grad, grad, *row_grad.shape, column_blocks, **blocks)
+    _cross_entropy_small_vocab_bwd_kernel[grid](
+        grad_loss, row_grad, grad, *row_grad.shape, column_blocks, _grad_scale(row_grad.dtype), **blocks
+    )
     return grad
 
 

@@ -451,20 +451,17 @@ def _rounded(longest: int) -> int:
 
 
 @functools.cache
-def _bucket_tables(
+def _bucket_bounds(
     max_q: int, max_k: int, num_buckets: int, max_distance: int, causal: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Bucket of every relative position, and [num_buckets, 2] int32 bounds of every bucket's relative positions.
-
-    Never forgotten, since recorded graphs read them.
-    """
+) -> Tensor:
+    """[num_buckets, 2] int32 bounds of every bucket's relative positions; never forgotten, as the buckets are not."""
     buckets = position_buckets(max_q, max_k, num_buckets, max_distance, causal)
     bounds = torch.zeros(num_buckets, 2, dtype=torch.int32)
     for bucket in range(num_buckets):
         (places,) = torch.nonzero(buckets == bucket, as_tuple=True)
         if len(places):
             bounds[bucket, 0], bounds[bucket, 1] = places[0], places[-1] + 1
-    return buckets.to(device), bounds.to(device)
+    return bounds.to(device)
 
 
 def _split(q: Tensor | None, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -495,7 +492,7 @@ def _forward(
     if bias_table is None:
         bias = lse.new_empty(0)
     else:
-        buckets, _ = _bucket_tables(max_q, max_k, len(bias_table), max_distance, causal, q.device)
+        buckets = position_buckets(max_q, max_k, len(bias_table), max_distance, causal, q.device)
         bias = bias_table.float().t().index_select(1, buckets)
     blocks = _blocks(max_q, max_k, head_dim, q.dtype)
     num_stages = 2 if max_k > 2 * blocks["BLOCK_K"] else 1
@@ -585,7 +582,7 @@ def _backward(
             HEAD_DIM=head_dim, BLOCK=block, WIDTH=blocks["WIDTH"],
             num_warps=blocks["num_warps"], num_stages=1,
         )  # fmt: skip
-        _, bounds = _bucket_tables(max_q, max_k, num_buckets, max_distance, causal, q.device)
+        bounds = _bucket_bounds(max_q, max_k, num_buckets, max_distance, causal, q.device)
         _jagged_attention_bwd_bucket_kernel[(num_buckets, num_heads)](
             partials, bounds, grads[2], num_slots, num_diagonals, max_q,
             BLOCK=block, SLOTS=16, POSITIONS=32, num_warps=4,

@@ -89,13 +89,13 @@ def _semantic_id_embedding_bwd_chunks_kernel(
 
 
 @triton.jit
-def _num_below(sorted_ptr, num_codes, bound, steps):
-    """Entries of the sorted list below `bound`. steps: num_codes.bit_length(), of the binary search."""
-    count = bound * 0
+def _num_below(sorted_ptr, num_codes, bounds, steps):
+    """Entries of the sorted list below each of `bounds`. steps: num_codes.bit_length(), of the binary search."""
+    count = bounds * 0
     for step in range(steps):
         more = count + (1 << (steps - 1 - step))
         last = tl.load(sorted_ptr + more - 1, mask=more <= num_codes, other=0x7FFFFFFF)
-        count = tl.where(last < bound, more, count)
+        count = tl.where(last < bounds, more, count)
     return count
 
 
@@ -114,8 +114,8 @@ def _semantic_id_embedding_bwd_rows_kernel(
 ):
     token = tl.program_id(0) // column_blocks
     columns = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    begin = _num_below(sorted_ptr, num_codes, token, steps)
-    end = _num_below(sorted_ptr, num_codes, token + 1, steps)
+    bounds = _num_below(sorted_ptr, num_codes, token + tl.arange(0, 2), steps)
+    begin, end = tl.min(bounds, 0), tl.max(bounds, 0)
     total = tl.zeros([PIECES, COLUMNS], tl.float32)
     for first in range(begin // CHUNK, tl.cdiv(end, CHUNK), PIECES):
         at = tl.maximum((first + tl.arange(0, PIECES)) * CHUNK, begin)

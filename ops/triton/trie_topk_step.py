@@ -131,6 +131,7 @@ def _trie_topk_step_select_kernel(
         slot = first_slot + tl.arange(0, SLOTS)
         is_winner = slot < num_winners
         winner = tl.load(out_nodes_ptr + slot, mask=is_winner, other=0).to(tl.int32)
+        tl.debug_barrier()  # several threads may hold one slot: all have read it before one of them overwrites it
         parent = winner // num_codes
         node = tl.load(nodes_ptr + row * num_beams + parent, mask=is_winner, other=0)
         edge = tl.load(row_ptr + node, mask=is_winner, other=0) + winner % num_codes

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import gin
 import torch
 
-import ops
 import train_decoder  # noqa: F401, registers what configs may say
 import train_rqvae  # noqa: F401
 from data.schemas import SeqBatch
@@ -21,6 +21,7 @@ from modules.kmeans import kmeans
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.tokenizer.assign import BLOCK_ROWS, assign_codes
 from modules.tokenizer.sequence import SequenceTokenizer
 from tests.kernels.gpu_paths import as_on_a_gpu
 from training.gin_config import load_config
@@ -33,8 +34,6 @@ BEAM_WIDTHS = (20, 50)
 WIDE_MODEL = 384
 """The second width that speed is promised for, beside the configs'."""
 NUM_ITEMS = 1000
-MANY_ITEMS = 1 << 15
-"""Rows from which on ids are assigned as for a large catalogue."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,10 @@ def workloads() -> Iterator[Workload]:
             yield Workload(f"generation, {name}", partial(generate, config, dtype))
         if usual:
             plain = replace(config, dropout=0.0, label_smoothing=0.1)
-            yield Workload(f"training without dropout, {name}", partial(train_step, plain, batch_size, torch.float32))
+            yield Workload(
+                f"training without dropout, d_model {config.d_model}, float32",
+                partial(train_step, plain, batch_size, torch.float32),
+            )
     for config, batch_size in rqvae_models():
         for dtype in (torch.float32, torch.float16):
             yield Workload(f"RQ-VAE {config.input_dim}, {_name(dtype)}", partial(rqvae_step, config, batch_size, dtype))
@@ -151,11 +153,12 @@ def generate(config: RetrievalModelConfig, dtype: torch.dtype) -> None:
 
 
 def rqvae_step(config: RqVaeConfig, batch_size: int, dtype: torch.dtype) -> None:
-    """Initialisation, a step in every mode, and ids of a large catalogue."""
+    """Initialisation, a step in every mode, and ids of a catalogue."""
     for mode in QuantizeMode:
         model = RqVae(replace(config, mode=mode))
         with _precision(dtype):
             model(torch.randn(batch_size, config.input_dim)).loss.backward()
     kmeans(torch.randn(1024, config.embed_dim), config.codebook_sizes[0], num_iterations=1, seed=0)
-    with torch.no_grad():
-        ops.residual_quantize(torch.randn(MANY_ITEMS, config.embed_dim).to(dtype), model.codebooks())
+    with mock.patch.dict(BLOCK_ROWS, cpu=BLOCK_ROWS["cuda"]):
+        for precision in ("ieee", "tf32x3"):
+            assign_codes(model.eval(), torch.ones(1, config.input_dim), encoder_dtype=dtype, precision=precision)

@@ -77,6 +77,21 @@ def test_holes_in_inputs_and_gradients(device):
     torch.testing.assert_close(x.grad.cpu().double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_narrows_what_is_normed_alone(device, dtype):
+    """The stream of a network with narrow products stays fp32, and so do its gradients."""
+    x, residual, weight = (value.to(device) for value in case(5, 24).values())
+    x, leaves = x.to(dtype).requires_grad_(), (residual.requires_grad_(), weight.requires_grad_())
+    with torch.autocast(device.type, dtype=dtype):
+        normed, total = ops.add_rms_norm(x, residual, weight)
+    expected, expected_total = reference(x.detach().cpu().double(), residual.cpu().double(), weight.cpu(), 1e-6, 0.0)
+    assert (normed.dtype, total.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(normed.cpu(), expected.to(dtype))
+    torch.testing.assert_close(total.cpu(), expected_total.float())
+    grads = torch.autograd.grad([normed, total], [x, *leaves], [torch.ones_like(normed), torch.ones_like(total)])
+    assert [grad.dtype for grad in grads] == [dtype, torch.float32, torch.float32]
+
+
 def test_float64_goes_to_the_reference(device):
     x, weight = randn(5, 24).double().to(device), torch.ones(24, device=device, dtype=torch.float64)
     normed, _ = ops.add_rms_norm(x, None, weight)
@@ -92,8 +107,8 @@ def test_rows_that_no_program_holds_go_to_the_reference(device, caplog):
 
 def test_library_rules(device):
     x, residual, weight, seed = randn(5, 24).to(device), randn(5, 24).to(device), randn(24).to(device), seed_on(device)
-    torch.library.opcheck(kernels.FORWARD, (x, residual, weight, seed, 1e-6, 0.3))
-    torch.library.opcheck(kernels.FORWARD, (x, None, weight, None, 1e-6, 0.0))
+    torch.library.opcheck(kernels.FORWARD, (x, residual, weight, seed, 1e-6, 0.3, torch.bfloat16))
+    torch.library.opcheck(kernels.FORWARD, (x, None, weight, None, 1e-6, 0.0, torch.float32))
     rstd = torch.rand(5, device=device)
     torch.library.opcheck(kernels.BACKWARD, (x, x, residual, rstd, weight, seed, 0.3, torch.float32, True))
     torch.library.opcheck(kernels.BACKWARD, (x, None, residual, rstd, weight, None, 0.0, torch.bfloat16, False))

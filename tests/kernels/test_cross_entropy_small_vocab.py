@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -68,6 +69,15 @@ def test_a_wrong_target_on_a_device_gives_nan(device, monkeypatch):
     target = torch.tensor([2, 3, -100, -5], device=device)
     losses = ops.cross_entropy_small_vocab(torch.zeros(4, 3, device=device), target)
     assert losses.isnan().tolist() == [False, True, False, True]
+
+
+def test_gradients_of_unlikely_codes_in_fp16(device):
+    """Between the two passes a gradient is not yet scaled by what fp16 training scales its loss with."""
+    logits = torch.tensor([[0.0, -20.0, -20.0]]).to(device, torch.float16).requires_grad_()
+    losses = ops.cross_entropy_small_vocab(logits, torch.zeros(1, dtype=torch.int64, device=device))
+    (losses.sum() * 65536).backward()
+    expected = torch.full((1, 2), 65536 * math.exp(-20.0))
+    torch.testing.assert_close(logits.grad[:, 1:].float().cpu(), expected, rtol=1e-3, atol=0)
 
 
 def test_gradients_with_holes_and_a_second_backward(device):

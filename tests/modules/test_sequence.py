@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.schemas import InputError, SeqBatch
+from data.schemas import NO_TARGET, InputError, SeqBatch
 from modules.tokenizer.sequence import SequenceTokenizer
 from modules.tokenizer.vocabulary import CodeVocabulary
 
@@ -38,6 +38,19 @@ def test_targets_are_codes_without_offsets() -> None:
     tokenized = SequenceTokenizer(SEMANTIC_IDS, CodeVocabulary({"text": (4, 3)}))(batch)
     assert tokenized.target_codes is not None
     assert tokenized.target_codes.tolist() == [[3, 1], [1, 2]]
+
+
+def test_rows_without_target_have_no_codes_and_unknown_items_are_refused() -> None:
+    tokenize = SequenceTokenizer(SEMANTIC_IDS, CodeVocabulary({"text": (4, 3)}))
+    batch = replace(batch_of([0], [1]), targets=torch.tensor([NO_TARGET, 0]))
+    target_codes = tokenize(batch).target_codes
+    assert target_codes is not None
+    assert target_codes.tolist() == [[NO_TARGET, NO_TARGET], [0, 0]]
+    for unknown in (len(SEMANTIC_IDS), len(SEMANTIC_IDS) + 5):
+        with pytest.raises(IndexError):
+            tokenize(replace(batch, targets=torch.tensor([0, unknown])))
+        with pytest.raises(IndexError):
+            tokenize(batch_of([unknown]))
 
 
 @pytest.mark.parametrize("buckets", [0, 10])

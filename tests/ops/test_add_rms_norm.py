@@ -61,6 +61,18 @@ def test_bf16_input_keeps_an_fp32_stream() -> None:
     assert (normed.dtype, total.dtype) == (torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("seed", [None, SEED])
+def test_autocast_narrows_what_is_normed_alone(seed: Tensor | None) -> None:
+    x, residual, weight = torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(2, 4), torch.ones(4)
+    inputs = [tensor.requires_grad_() for tensor in (x, residual, weight)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normed, total = ops.add_rms_norm(*inputs, seed=seed)
+        exact, _ = ops.add_rms_norm(x.double(), None, weight.double())
+    assert (normed.dtype, total.dtype, exact.dtype) == (torch.bfloat16, torch.float32, torch.float64)
+    grads = torch.autograd.grad([normed, total], inputs, [torch.ones_like(normed), torch.ones_like(total)])
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32, torch.float32]
+
+
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(
         ValueError, match=r"expected residual of x's shape \[2, 4\] float32 and weight \[4\], got residual \[2, 3\]"

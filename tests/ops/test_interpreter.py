@@ -1,5 +1,9 @@
-"""Runs tests/kernels in Triton's interpreter, which has to be chosen before Triton is imported."""
+"""Runs tests/kernels in Triton's interpreter, which has to be chosen before Triton is imported.
 
+A process per file, so that a failure names the file, and one of them can be run alone as its error message says.
+"""
+
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,12 +16,26 @@ FILES = sorted(path.name for path in (REPOSITORY / "tests/kernels").glob("test_*
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_in_the_interpreter(file):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/kernels/{file}"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "--show-capture=no"]
+    command.append(f"tests/kernels/{file}")
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    summary = result.stdout.splitlines()[-1]
+    if result.returncode != 0:
+        pytest.fail(report(file, result), pytrace=False)
+    *_, summary = result.stdout.splitlines()
     assert "passed" in summary, summary
     assert "skipped" not in summary, summary
+
+
+def report(file: str, result: "subprocess.CompletedProcess[str]") -> str:
+    """How to run it alone, the failures without the dots before them, and errors of the process itself."""
+    failures = result.stdout[max(0, result.stdout.find("= FAILURES =")) :]
+    by_hand = f"TRITON_INTERPRET=1 python -m pytest tests/kernels/{file}"
+    return f"{by_hand}\n{failures[:8000]}\n{result.stdout[-1500:]}\n{result.stderr[-2000:]}"
+
+
+def test_there_are_kernels_to_test():
+    assert {"test_add_rms_norm.py", "test_mutations.py", "test_library.py", "test_model.py"} <= set(FILES)

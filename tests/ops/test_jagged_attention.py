@@ -8,6 +8,7 @@ from torch import Tensor
 import ops
 from ops.cpu import jagged_attention as implementation
 from ops.reference.jagged_attention import jagged_attention as reference
+from ops.reference.relative_buckets import position_buckets
 from tests.ops.attention_twin import t5_bucket, twin_attention
 
 MANY_LENGTHS = [*range(40), 3, 3, 64]
@@ -280,6 +281,12 @@ def test_buckets_made_for_inference_serve_training() -> None:
     table = random(8, 2)
     table[ops.relative_buckets(3, 5, 8, 33, False)].sum().backward()
     assert ops.relative_buckets(0, 5, 8, 33, False).shape == (0, 5)
+
+
+def test_buckets_on_another_device_are_copied_there_once() -> None:
+    meta, sizes = torch.device("meta"), (3, 5, 8, 33, False)
+    assert ops.relative_buckets(*sizes, meta).device == meta
+    assert position_buckets(*sizes, meta) is position_buckets(*sizes, meta)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -2,7 +2,9 @@ import json
 import os
 
 import pytest
+import torch
 
+import ops.backend
 from data.schemas import InputError
 from tests.training import script_tiny
 from training.cli import main, run_cli
@@ -92,6 +94,23 @@ def test_input_errors_are_one_line_and_code_2(run, arguments, message):
     assert code == 2
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["nonsense", "triton"])
+def test_an_impossible_backend_is_refused_before_any_work(run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("OPS_BACKEND", name)
+    cached = (ops.backend._from_environment, ops.backend._decide)
+    for function in cached:
+        function.cache_clear()
+    code, _, error = run("--gin.train.save_dir_root=out")
+    for function in cached:
+        function.cache_clear()
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith("error: ")
+    assert "OPS_BACKEND" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--resmue", "auto"], ["--resume"]])

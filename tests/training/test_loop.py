@@ -294,6 +294,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         train_tiny(tmp_path / "run", other, resume="auto")
 
 
+@pytest.mark.parametrize(("before", "now"), [("adamw", "adagrad"), ("adagrad", "adamw")])
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, before, now):
+    train_tiny(tmp_path / "run", LinearTask(), num_steps=5, optimizer=before)
+    with pytest.raises(InputError, match=rf"does not fit this model or optimizer: .* not that of (?i:{now})"):
+        train_tiny(tmp_path / "run", LinearTask(), resume="auto", optimizer=now)
+
+
 def test_tied_weights_survive_saving_and_loading(tmp_path):
     class Tied(LinearTask):
         def __init__(self):

@@ -12,6 +12,7 @@ from tests.ops.recorders import TapeRecorder
 from tests.training.tiny import LinearTask, loop_config, train_tiny, weights
 from training.loop_config import LoopConfig
 from training.optimizers import build_optimizer, load_optimizer_state_, optimizer_state, set_rate_
+from training.processes import uses_cuda
 from training.step import OptimizerStep
 from training.window import Window
 
@@ -164,6 +165,25 @@ def test_graphs_that_cannot_be_had_are_refused_only_when_insisted_on(monkeypatch
     assert not loop_config(cuda_graphs=False).uses_cuda_graphs()
     with pytest.raises(InputError, match=f"LoopConfig.cuda_graphs = True needs {problem}"):
         loop_config(**changes, cuda_graphs=True).uses_cuda_graphs(num_processes)
+
+
+def test_checks_of_values_on_the_device_leave_no_graphs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("ops.checks._DEBUG", True)
+    assert not loop_config().uses_cuda_graphs()
+    assert ops.graphs.recorder_for(torch.device("cuda")) is None
+    with pytest.raises(InputError, match=r"cuda_graphs = True needs OPS_DEBUG unset"):
+        loop_config(cuda_graphs=True)
+
+
+def test_accelerate_launch_cpu_computes_on_the_processor_of_a_machine_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert uses_cuda()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not uses_cuda()
+    assert not loop_config().uses_cuda_graphs()
+    with pytest.raises(InputError, match=r'mixed_precision = "fp16" needs a CUDA device, this run is on cpu'):
+        loop_config(mixed_precision="fp16")
 
 
 @pytest.mark.parametrize(("amx", "expected"), [(True, "bf16"), (False, "no")])
