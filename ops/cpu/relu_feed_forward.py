@@ -7,14 +7,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ops.cpu.blocks import row_blocks
 from ops.cpu.dropout import keep_mask
 
-_CPU_BLOCK_ROWS = 512
-
-
-def _blocks(x: Tensor) -> list[slice]:
-    rows = _CPU_BLOCK_ROWS if x.device.type == "cpu" else max(len(x), 1)
-    return [slice(begin, begin + rows) for begin in range(0, len(x), rows)]
+_BLOCK_ROWS = 512
 
 
 class _ReluFeedForward(Function):
@@ -28,7 +24,7 @@ class _ReluFeedForward(Function):
         factor = 1.0 / (1.0 - dropout_p)
         scaled_w_out = w_out * factor
         hidden, out = x.new_empty(len(x), len(w_in)), torch.empty_like(x)
-        for block in _blocks(x):
+        for block in row_blocks(x, _BLOCK_ROWS):
             part = torch.mm(x[block], w_in.t(), out=hidden[block]).relu_()
             if dropout_p > 0.0:
                 part.mul_(keep_mask(part.shape, dropout_p, part.device))
@@ -42,7 +38,7 @@ class _ReluFeedForward(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, hidden, w_in, scaled_w_out = ctx.saved_tensors
         grad_x, grad_w_in, grad_w_out = torch.empty_like(x), torch.zeros_like(w_in), torch.zeros_like(scaled_w_out)
-        for block in _blocks(x):
+        for block in row_blocks(x, _BLOCK_ROWS):
             part, part_grad = hidden[block], grad[block]
             grad_w_out.addmm_(part_grad.t(), part)
             grad_part = part_grad @ scaled_w_out

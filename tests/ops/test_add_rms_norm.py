@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 import ops
+from ops.cpu import add_rms_norm as implementation
 from ops.reference.add_rms_norm import add_rms_norm as reference
 
 SEED = torch.tensor([0x0123456789ABCDEF])
@@ -26,7 +27,8 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 63])
 @pytest.mark.parametrize("with_residual", [True, False])
-def test_equals_the_twin(num_tokens: int, with_residual: bool) -> None:
+def test_equals_the_twin_across_blocks(num_tokens: int, with_residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "_BLOCK_ROWS", 20)
     x, weight = random(num_tokens, 5), random(5, seed=2)
     residual = random(num_tokens, 5, seed=1) if with_residual else None
     inputs = [x, weight] if residual is None else [x, weight, residual]

@@ -15,7 +15,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 63])
 def test_equals_the_twin_across_blocks(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation, "_CPU_BLOCK_ROWS", 20)
+    monkeypatch.setattr(implementation, "_BLOCK_ROWS", 20)
     inputs = random(num_tokens, 4), random(7, 4, seed=1), random(4, 7, seed=2)
     got, expected = ops.relu_feed_forward(*inputs), (inputs[0] @ inputs[1].t()).relu() @ inputs[2].t()
     torch.testing.assert_close(got, expected)
