@@ -7,6 +7,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +21,18 @@ if importlib.util.find_spec("triton") is None:
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs kernels where they cannot run; by a mark, so that the summary has one line per file."""
+    if INTERPRETING or torch.cuda.is_available():
+        return
+    reason = "kernels run here only in the interpreter's process (see test_interpreter.py) or on a GPU"
+    for item in items:
+        if Path(__file__).parent in item.path.parents and "device" in item.fixturenames:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture
 def device():
     """Where kernels can run in this process; for the length of the test ops use them, and fresh memory is poisoned."""
-    if not INTERPRETING and not torch.cuda.is_available():
-        pytest.skip("kernels run here only in the interpreter's process (see test_interpreter.py) or on a GPU")
     with ops.use_backend("triton"), poisoned_memory():
         yield torch.device("cpu" if INTERPRETING else "cuda")
