@@ -66,7 +66,7 @@ def jagged_attention(
         raise ValueError(
             f"ops.{op} expected as many rows of q as of kv, got {len(offsets_q) - 1} and {len(offsets_k) - 1}."
         )
-    _check_attention(op, kv, bias_table, dropout_p)
+    _check_attention(op, kv, bias_table, max_distance, False, dropout_p)
     checks.check_device(op, q=q, kv=kv, offsets_q=offsets_q, offsets_k=offsets_k, bias_table=bias_table, seed=seed)
     checks.check_offsets(op, "offsets_q", offsets_q, len(q))
     checks.check_offsets(op, "offsets_k", offsets_k, len(kv))
@@ -112,7 +112,7 @@ def jagged_self_attention(
     op = "jagged_self_attention"
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"ops.{op} expected qkv [T, 3, H, D], got {checks.shape_of(qkv)}.")
-    _check_attention(op, qkv, bias_table, dropout_p)
+    _check_attention(op, qkv, bias_table, max_distance, causal, dropout_p)
     checks.check_device(op, qkv=qkv, offsets=offsets, bias_table=bias_table, seed=seed)
     checks.check_offsets(op, "offsets", offsets, len(qkv))
     checks.check_max_len(op, "max_len", max_len, offsets)
@@ -148,12 +148,21 @@ def _attend(
     return _jagged_attention(q, kv, *rest, seed)
 
 
-def _check_attention(op: str, heads: Tensor, bias_table: Tensor | None, dropout_p: float) -> None:
+def _check_attention(
+    op: str, heads: Tensor, bias_table: Tensor | None, max_distance: int, causal: bool, dropout_p: float
+) -> None:
     if not heads.is_floating_point():
         raise ValueError(f"ops.{op} expected floating-point heads, got {checks.shape_of(heads)}.")
     num_heads = heads.shape[2]
     if bias_table is not None and (bias_table.dim() != 2 or bias_table.shape[1] != num_heads):
         raise ValueError(f"ops.{op} expected bias_table [num_buckets, {num_heads}], got {checks.shape_of(bias_table)}.")
+    if bias_table is not None:
+        num_exact = len(bias_table) // (2 if causal else 4)
+        if num_exact == 0 or max_distance <= num_exact:
+            raise ValueError(
+                f"ops.{op} expected at least {2 if causal else 4} buckets and max_distance above {num_exact}, the "
+                f"number of distances with a bucket of their own, got {len(bias_table)} buckets and {max_distance}."
+            )
     checks.check_dropout(op, dropout_p)
 
 

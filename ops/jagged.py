@@ -1,5 +1,6 @@
 """Ops on packed (jagged) rows: to a padded block and back, row-wise concatenation, and reductions of each row."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,8 +37,8 @@ def jagged_to_padded(x: Tensor, offsets: Tensor, *, max_len: int, pad: float = 0
     op = "jagged_to_padded"
     _check_rows(op, x, offsets)
     checks.check_max_len(op, "max_len", max_len, offsets)
-    if not (x.is_floating_point() or x.is_complex()) and pad != int(pad):
-        raise ValueError(f"ops.{op} expected a whole number as pad for x {checks.shape_of(x)}, got {pad}.")
+    if not _holds(x.dtype, pad):
+        raise ValueError(f"ops.{op} expected a pad that fits x {checks.shape_of(x)}, got {pad}.")
     if _copies_in_triton(x):
         from ops.triton.jagged_to_padded import jagged_to_padded as twin
 
@@ -210,6 +211,14 @@ def jagged_mean(x: Tensor, offsets: Tensor, *, max_len: int) -> Tensor:
 def _copies_in_triton(x: Tensor) -> bool:
     """Whether kernels move this tensor; they know elements of up to 8 bytes."""
     return uses_triton(x.device.type) and x.dtype.itemsize <= 8
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    """Whether a dtype has the number, or one that is rounded from it."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return not torch.finfo(dtype).max < abs(number) < math.inf
+    lowest, highest = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return lowest <= number <= highest and number == int(number)
 
 
 def _check_rows(op: str, x: Tensor, offsets: Tensor) -> None:

@@ -6,6 +6,7 @@ report/codebook.png        codebook use, entropy, collisions
 report/metrics.png         all other validation metrics, without their confidence bounds
 """
 
+import importlib.util
 import json
 import re
 from collections import defaultdict
@@ -30,13 +31,17 @@ def plot_run(metrics_log: Path, report: Path) -> list[Path]:
         report: folder for the PNG files, created when missing.
 
     Returns:
-        Paths of the figures written.
+        Paths of the figures written; none, and that is said, where matplotlib is not installed.
 
     Raises:
         InputError: if the log does not exist.
     """
     figures: dict[str, dict[str, Curve]] = defaultdict(dict)
-    for name, curve in _curves(metrics_log).items():
+    curves = _curves(metrics_log)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed")
+        return []
+    for name, curve in curves.items():
         figures[_figure_of(name)][name] = curve
     report.mkdir(parents=True, exist_ok=True)
     return [_draw(figures[title], title, report / f"{title}.png") for title in sorted(figures)]

@@ -44,11 +44,11 @@ class RelativeBias(nn.Module):
         return self.table[buckets].t()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _buckets_of_last(
     num_positions: int, num_buckets: int, max_distance: int, causal: bool, device: torch.device
 ) -> Tensor:
-    """Remembered on the device: copying them there at every use would make its host wait."""
+    """Remembered on the device: copying them there at every use would make its host wait. Recorded graphs read it."""
     return ops.relative_buckets(num_positions, num_positions, num_buckets, max_distance, causal)[-1].to(device)
 
 

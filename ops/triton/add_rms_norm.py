@@ -137,7 +137,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     normed, total = torch.empty_like(x, dtype=normed_dtype), torch.empty_like(x, dtype=dtype)
-    return normed, total, x.new_empty(len(x), dtype=torch.float32)
+    return normed, total, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 def _backward(
@@ -175,9 +175,10 @@ def _fake_backward(
     x_dtype: torch.dtype,
     has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_programs = min(_MAX_PROGRAMS, cdiv(len(total), _blocks(total.shape[1])["ROWS"]))
+    num_rows, width = total.shape
+    num_programs = min(_MAX_PROGRAMS, cdiv(num_rows, _blocks(width)["ROWS"]))
     grad_residual = torch.empty_like(total) if has_residual else total.new_empty(0)
-    partials = total.new_empty(num_programs, total.shape[1], dtype=torch.float32)
+    partials = total.new_empty(num_programs, width, dtype=torch.float32)
     return torch.empty_like(total, dtype=x_dtype), grad_residual, partials
 
 

@@ -136,7 +136,7 @@ def _fake_forward(
     label_smoothing: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(len(logits), dtype=torch.float32)
+    loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return loss, torch.empty_like(logits) if with_grad else logits.new_empty(0)
 
 

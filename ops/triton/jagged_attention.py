@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ops.reference.relative_buckets import position_buckets
 from ops.seeds import next_seed
 from ops.triton.library import define
+from ops.triton.packed import clear_tail
 from ops.triton.parts import cdiv, dot, keep_mask, power_of_2, threshold_of, wide
 
 _MAX_BLOCK = 64
@@ -60,18 +61,6 @@ def _store_tile(ptr, tile, begin, places, count, stride, HEAD_DIM: tl.constexpr,
     """The reverse of `_load_tile`."""
     at, exists = _tile_at(begin, places, count, stride, HEAD_DIM, WIDTH)
     tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _clear_tail(ptr, offsets_ptr, num_rows, num_tokens, stride, BLOCK: tl.constexpr):
-    """Zeros for the tokens behind the last row, [num_tokens, stride] lying densely: every program its share."""
-    width = tl.num_programs(0).to(tl.int64)
-    program = tl.program_id(1) * width + tl.program_id(0)
-    first = tl.load(offsets_ptr + num_rows).to(tl.int64) * stride + program * BLOCK
-    last = tl.cast(num_tokens, tl.int64) * stride
-    for begin in range(first, last, width * tl.num_programs(1) * BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        tl.store(ptr + at, tl.zeros([BLOCK], tl.float32).to(ptr.dtype.element_ty), mask=at < last)
 
 
 @triton.jit
@@ -141,7 +130,7 @@ def _jagged_attention_fwd_kernel(
     WIDTH: tl.constexpr,
 ):
     out_stride = num_heads * HEAD_DIM
-    _clear_tail(out_ptr, offsets_q_ptr, num_rows, num_q, out_stride, BLOCK_Q * WIDTH)
+    clear_tail(out_ptr, offsets_q_ptr, num_rows, num_q, out_stride, BLOCK_Q * WIDTH)
     row, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     first_q = tl.program_id(1) * BLOCK_Q
     if row >= num_rows:
@@ -217,7 +206,7 @@ def _jagged_attention_bwd_q_kernel(
     WIDTH: tl.constexpr,
 ):
     out_stride = num_heads * HEAD_DIM
-    _clear_tail(grad_q_ptr, offsets_q_ptr, num_rows, num_q, grad_q_stride, BLOCK_Q * WIDTH)
+    clear_tail(grad_q_ptr, offsets_q_ptr, num_rows, num_q, grad_q_stride, BLOCK_Q * WIDTH)
     row, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     first_q = tl.program_id(1) * BLOCK_Q
     if row >= num_rows:
@@ -289,7 +278,7 @@ def _jagged_attention_bwd_kv_kernel(
 ):
     out_stride = num_heads * HEAD_DIM
     if CLEAR_TAIL:
-        _clear_tail(grad_kv_ptr, offsets_k_ptr, num_rows, num_k, grad_kv_stride, BLOCK_K * WIDTH)
+        clear_tail(grad_kv_ptr, offsets_k_ptr, num_rows, num_k, grad_kv_stride, BLOCK_K * WIDTH)
     row, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     first_k = tl.program_id(1) * BLOCK_K
     if row >= num_rows:

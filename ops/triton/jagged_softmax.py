@@ -10,21 +10,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ops.triton.library import define
-from ops.triton.packed import tile_of_rows
+from ops.triton.packed import clear_tail, tile_of_rows
 from ops.triton.parts import cdiv, wide
-
-
-@triton.jit
-def _zero_tail(
-    x_ptr, offsets_ptr, num_rows, num_tokens, columns, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """Every program of a column of blocks clears its share of the tokens behind the last row."""
-    first_token = tl.load(offsets_ptr + num_rows) + tl.program_id(0) * ROWS
-    for first in range(first_token, num_tokens, tl.num_programs(0) * ROWS):
-        tokens = first + tl.arange(0, ROWS)
-        mask = (tokens < num_tokens)[:, None] & (columns < width)[None, :]
-        zeros = tl.zeros([ROWS, WIDTH], x_ptr.dtype.element_ty)
-        tl.store(x_ptr + tokens.to(tl.int64)[:, None] * width + columns[None, :], zeros, mask=mask)
 
 
 @triton.jit
@@ -40,7 +27,7 @@ def _jagged_softmax_fwd_kernel(
 ):
     row = tl.program_id(0)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    _zero_tail(softmax_ptr, offsets_ptr, num_rows, num_tokens, columns, width, ROWS, WIDTH)
+    clear_tail(softmax_ptr, offsets_ptr, num_rows, num_tokens, width, ROWS * WIDTH)
     begin = tl.load(offsets_ptr + row, mask=row < num_rows, other=0)
     end = tl.load(offsets_ptr + row + 1, mask=row < num_rows, other=0)
     highest = tl.full([WIDTH], float("-inf"), tl.float32)
@@ -78,7 +65,7 @@ def _jagged_softmax_bwd_kernel(
 ):
     row = tl.program_id(0)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    _zero_tail(grad_x_ptr, offsets_ptr, num_rows, num_tokens, columns, width, ROWS, WIDTH)
+    clear_tail(grad_x_ptr, offsets_ptr, num_rows, num_tokens, width, ROWS * WIDTH)
     begin = tl.load(offsets_ptr + row, mask=row < num_rows, other=0)
     end = tl.load(offsets_ptr + row + 1, mask=row < num_rows, other=0)
     along = tl.zeros([WIDTH], tl.float32)

@@ -1,4 +1,4 @@
-"""Parts that kernels over packed rows share: the row of a token, copies of bits, block sizes."""
+"""Parts that kernels over packed rows share: rows of tokens, zeros behind the last row, copies of bits, block sizes."""
 
 import torch
 import triton
@@ -22,6 +22,18 @@ def row_of_token(offsets_ptr, num_rows, tokens, STEPS: tl.constexpr):
         begin = tl.load(offsets_ptr + later, mask=later <= num_rows, other=0x7FFFFFFF)
         row = tl.where(begin <= tokens, later, row)
     return row
+
+
+@triton.jit
+def clear_tail(ptr, offsets_ptr, num_rows, num_tokens, stride, BLOCK: tl.constexpr):
+    """Zeros for the tokens behind the last row, [num_tokens, stride] lying densely: every program its share."""
+    width = tl.num_programs(0).to(tl.int64)
+    program = tl.program_id(1) * width + tl.program_id(0)
+    first = tl.load(offsets_ptr + num_rows).to(tl.int64) * stride + program * BLOCK
+    last = tl.cast(num_tokens, tl.int64) * stride
+    for begin in range(first, last, width * tl.num_programs(1) * BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        tl.store(ptr + at, tl.zeros([BLOCK], tl.float32).to(ptr.dtype.element_ty), mask=at < last)
 
 
 def as_bits(x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, seed: Tensor | None, dropou
 def _fake_forward(
     x: Tensor, w_in: Tensor, w_out: Tensor, seed: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), len(w_out)), x.new_empty(len(x), len(w_in))
+    return x.new_empty(x.shape[0], w_out.shape[0]), x.new_empty(x.shape[0], w_in.shape[0])
 
 
 def _backward(

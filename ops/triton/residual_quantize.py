@@ -84,7 +84,7 @@ def _forward(x: Tensor, codebooks: Sequence[Tensor], precision: str) -> tuple[Te
 
 
 def _fake_forward(x: Tensor, codebooks: Sequence[Tensor], precision: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), len(codebooks), dtype=torch.int64), torch.empty_like(x, dtype=torch.float32)
+    return x.new_empty(x.shape[0], len(codebooks), dtype=torch.int64), torch.empty_like(x, dtype=torch.float32)
 
 
 FORWARD = define(

@@ -7,6 +7,7 @@ import ops
 from ops.reference.add_rms_norm import add_rms_norm as reference
 from ops.triton import add_rms_norm as kernels
 from tests.kernels.harness import DTYPES, compare, randn, seed_on
+from tests.kernels.recompiles import num_graphs
 
 
 def case(num_rows, width, *, residual=True):
@@ -124,3 +125,9 @@ def test_compiles_in_one_graph(device):
     ]
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_one_graph_for_any_number_of_rows(device):
+    op = partial(ops.add_rms_norm, dropout_p=0.3, seed=seed_on(device))
+    inputs = (tuple(value.to(device).requires_grad_() for value in case(rows, 24).values()) for rows in (35, 37, 49))
+    assert num_graphs(op, inputs) == 1

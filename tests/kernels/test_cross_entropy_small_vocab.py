@@ -8,6 +8,7 @@ import ops
 from ops.reference.cross_entropy_small_vocab import cross_entropy_small_vocab as reference
 from ops.triton import cross_entropy_small_vocab as kernels
 from tests.kernels.harness import DTYPES, compare, randn
+from tests.kernels.recompiles import num_graphs
 
 LEVELS = ((0, 40), (40, 47), (47, 100))
 
@@ -117,3 +118,12 @@ def test_compiles_in_one_graph(device):
     (got,) = torch.autograd.grad(compiled(logits).sum(), logits)
     (expected,) = torch.autograd.grad(op(logits).sum(), logits)
     torch.testing.assert_close(got, expected)
+
+
+def test_one_graph_for_any_number_of_rows(device):
+    op = partial(ops.cross_entropy_small_vocab, level_slice=((0, 4), (4, 12)))
+    inputs = (
+        (randn(rows, 12).to(device).requires_grad_(), torch.zeros(rows, dtype=torch.int64, device=device))
+        for rows in (6, 8, 10)
+    )
+    assert num_graphs(op, inputs) == 1

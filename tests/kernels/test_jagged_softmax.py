@@ -1,5 +1,8 @@
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import ops
 from ops.reference.jagged_softmax import jagged_softmax as reference
@@ -50,6 +53,23 @@ def test_rows_longer_than_a_tile(device, dtype):
 
 def test_a_max_len_far_above_the_rows(device):
     check(device, torch.float32, (2, 3), max_len=10_000)
+
+
+def _million_programs(builder, axis):
+    return TensorHandle(np.array([1 << 20 if axis == 0 else 1], dtype=np.int32), tl.int32)
+
+
+def test_a_tail_behind_a_million_rows(device, monkeypatch):
+    """Programs of 2,048 tokens: from a program's share of the tail to its next one are 2**31 tokens."""
+    num_rows = 1 << 20
+    if device.type == "cpu":  # too many programs to interpret: the first one is told that it has so many companions
+        monkeypatch.setattr(InterpreterBuilder, "create_get_num_programs", _million_programs)
+        num_rows = 1
+    offsets, x = offsets_of((2, *[0] * (num_rows - 1)), device), torch.zeros(12, device=device).requires_grad_()
+    softmax = ops.jagged_softmax(x, offsets, max_len=2048)
+    assert softmax.tolist() == [0.5] * 2 + [0.0] * 10
+    (grad,) = torch.autograd.grad(softmax[0], x)
+    assert grad.tolist() == [0.25, -0.25] + [0.0] * 10
 
 
 def test_large_and_infinite_scores(device):

@@ -7,6 +7,7 @@ import ops
 from ops.reference.relu_feed_forward import relu_feed_forward as reference
 from ops.triton import relu_feed_forward as kernels
 from tests.kernels.harness import DTYPES, compare, randn, seed_on
+from tests.kernels.recompiles import num_graphs
 
 
 def case(num_rows, width, hidden):
@@ -80,3 +81,9 @@ def test_compiles_in_one_graph(device):
     gradients = [torch.autograd.grad(run(**inputs).sum(), list(inputs.values())) for run in (compiled, op)]
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_one_graph_for_any_number_of_rows(device):
+    op = partial(ops.relu_feed_forward, dropout_p=0.3, seed=seed_on(device))
+    inputs = (tuple(value.to(device).requires_grad_() for value in case(rows, 4, 9).values()) for rows in (5, 7, 11))
+    assert num_graphs(op, inputs) == 1

@@ -5,6 +5,7 @@ import ops
 from ops.reference.residual_quantize import residual_quantize as reference
 from ops.triton import residual_quantize as kernels
 from tests.kernels.harness import DTYPES, randn
+from tests.kernels.recompiles import num_graphs
 
 GAP = 2e-5
 """Of two distances around 10 that fp32 may order either way."""
@@ -129,3 +130,9 @@ def test_compilers_see_through(device):
     compiled = torch.compile(ops.residual_quantize, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(x, codebooks), ops.residual_quantize(x, codebooks), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_one_graph_for_any_number_of_rows(device):
+    codebook = randn(9, 4).to(device)
+    inputs = ((randn(rows, 4).to(device), [codebook]) for rows in (5, 7, 11))
+    assert num_graphs(ops.residual_quantize, inputs) == 1

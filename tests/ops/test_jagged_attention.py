@@ -304,6 +304,14 @@ def test_wrong_arguments_are_named() -> None:
         ops.jagged_self_attention(qkv, offsets, max_len=1, scale=1.0)
     with pytest.raises(ValueError, match=r"bias_table \[num_buckets, 2\]"):
         ops.jagged_self_attention(qkv, offsets, max_len=2, scale=1.0, bias_table=torch.zeros(8, 3))
+    for causal, num_exact in [(True, 4), (False, 2)]:
+        table = {"bias_table": torch.zeros(8, 2), "causal": causal}
+        with pytest.raises(ValueError, match=f"max_distance above {num_exact}, .* got 8 buckets and {num_exact}"):
+            ops.jagged_self_attention(qkv, offsets, max_len=2, scale=1.0, max_distance=num_exact, **table)
+    with pytest.raises(ValueError, match=r"at least 4 buckets .* got 3 buckets"):
+        ops.jagged_attention(
+            qkv[:, 0], qkv[:, 1:], offsets, offsets, max_q=2, max_k=2, scale=1.0, bias_table=torch.zeros(3, 2)
+        )
     with pytest.raises(ValueError, match=r"dropout_p in \[0, 1\), got 1.0"):
         ops.jagged_self_attention(qkv, offsets, max_len=2, scale=1.0, dropout_p=1.0)
     with pytest.raises(ValueError, match=r"floating-point heads, got \[3, 3, 2, 4\] int64"):

@@ -61,8 +61,6 @@ def test_it_compiles_as_one_graph() -> None:
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_len at least as long as the longest row \(2\), got 1"):
         ops.jagged_to_padded(torch.ones(3), OFFSETS, max_len=1)
-    with pytest.raises(ValueError, match=r"a whole number as pad for x \[3\] int64, got 0.5"):
-        ops.jagged_to_padded(torch.ones(3, dtype=torch.int64), OFFSETS, max_len=2, pad=0.5)
     with pytest.raises(ValueError, match=r"expected x of shape \[T, ...\], got \[\] float32"):
         ops.jagged_to_padded(torch.tensor(1.0), OFFSETS, max_len=2)
     with pytest.raises(ValueError, match=r"expected x of shape \[3, max_len, ...\], got \[2, 2\]"):
@@ -71,6 +69,36 @@ def test_wrong_input_is_refused() -> None:
         ops.padded_to_jagged(torch.ones(3, 1), OFFSETS, num_tokens=3)
     with pytest.raises(ValueError, match=r"rising from 0 to at most the 2 packed tokens, got first 0, last 3"):
         ops.padded_to_jagged(torch.ones(3, 2), OFFSETS, num_tokens=2)
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pad"),
+    [
+        (torch.int64, 0.5),
+        (torch.int64, INF),
+        (torch.int64, float("nan")),
+        (torch.int64, 1 << 63),
+        (torch.uint8, -1),
+        (torch.uint8, 256),
+        (torch.bool, 2),
+        (torch.float16, -1e9),
+        (torch.float32, 1e300),
+    ],
+)
+def test_a_pad_that_does_not_fit_is_refused(dtype: torch.dtype, pad: float) -> None:
+    with pytest.raises(ValueError, match=r"a pad that fits x \[3\] \w+, got"):
+        ops.jagged_to_padded(torch.ones(3, dtype=dtype), OFFSETS, max_len=2, pad=pad)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pad"), [(torch.int64, -(1 << 63)), (torch.uint8, 255.0), (torch.bool, True), (torch.float16, -INF)]
+)
+def test_a_pad_at_the_edge_fits(dtype: torch.dtype, pad: float) -> None:
+    padded = ops.jagged_to_padded(torch.ones(3, dtype=dtype), OFFSETS, max_len=2, pad=pad)
+    assert padded[1, 0].item() == pad
 
 
 def test_wrong_offsets_are_refused() -> None:

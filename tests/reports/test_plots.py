@@ -1,5 +1,6 @@
 import json
 import struct
+import sys
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_levels_and_slices_share_a_panel_and_bounds_are_not_drawn(tmp_path):
 def test_a_loss_of_each_level_is_a_loss_and_the_size_of_a_slice_no_metric(tmp_path):
     log = write_log(tmp_path / "metrics.jsonl", [{"step": 1, "train/loss_level_0": 2.0, "g/valid/all/count": 9}])
     assert [path.name for path in plot_run(log, tmp_path / "report")] == ["loss.png"]
+
+
+def test_without_matplotlib_nothing_is_drawn_and_that_is_said(tmp_path, monkeypatch, capsys):
+    """It comes last in a training run, which must not fail for it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    log = write_log(tmp_path / "metrics.jsonl", [{"step": 1, "train/loss": 2.0}])
+    assert plot_run(log, tmp_path / "report") == []
+    assert capsys.readouterr().out == "no plots: matplotlib is not installed\n"
 
 
 def test_a_missing_log(tmp_path):

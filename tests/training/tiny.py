@@ -40,7 +40,7 @@ class LinearTask:
         assert not torch.is_grad_enabled()
         self.evaluated.append(getattr(self, "last_step", -1) + 1)
         torch.rand(3)  # draws of an evaluation must not change the training
-        batch = torch.cat([self.examples(10_000 + index) for index in range(8)])
+        batch = torch.cat([self.examples(10_000 + index) for index in range(8)]).to(next(model.parameters()).device)
         return {"valid/error": float((model(batch[:, :4]).squeeze(1) - batch[:, 4]).abs().mean())}
 
 
