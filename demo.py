@@ -16,7 +16,7 @@ import train_decoder
 import train_rqvae
 from data.batching import evaluation_batches
 from data.processed import DatasetConfig, load_dataset
-from data.schemas import Catalogue, Ranges
+from data.schemas import Catalogue, ItemFilter, Ranges
 from data.sources.demo import OracleRanker
 from data.sources.demo_world import DemoWorld
 from evaluate import EvaluationProtocol
@@ -122,7 +122,7 @@ def show_recommendations(protocol: EvaluationProtocol, artifact: ModelArtifact) 
         protocol.dataset.histories, few, max_history=protocol.max_history, batch_size=NUM_SHOPPERS
     )
     assert batch.targets is not None
-    allowed = batch.unseen(len(catalogue)) if protocol.exclude_seen else None
+    allowed = ItemFilter.unseen(batch) if protocol.exclude_seen else None
     ranked, _ = artifact.make_ranker().rank(batch, 10, allowed)
     bounds = batch.offsets.tolist()
     for shopper, target in enumerate(batch.targets.tolist()):

@@ -216,15 +216,6 @@ class SeqBatch:
             targets=None if self.targets is None else self.targets.to(device, non_blocking=soon),
         )
 
-    def unseen(self, num_items: int) -> Tensor:
-        """[B, N] bool, false for the items that a row's history contains."""
-        places = torch.arange(len(self.item_ids), dtype=self.offsets.dtype, device=self.offsets.device)
-        rows = torch.bucketize(places, self.offsets[1:], right=True)
-        # The tail's items get a row of their own: leaving them out would make a GPU's host wait for their number.
-        unseen = torch.ones(len(self) + 1, num_items, dtype=torch.bool, device=self.item_ids.device)
-        unseen[rows, self.item_ids] = False
-        return unseen[:-1]
-
     def to_capacity(self, *, num_rows: int, num_items: int) -> "SeqBatch":
         """The batch filled up to fixed sizes with empty rows without target and item ids 0 that belong to no row.
 
@@ -258,6 +249,99 @@ class SeqBatch:
         item_ids = torch.tensor([item for history in histories for item in history], dtype=torch.int64)
         max_len = int(lengths.max()) if len(histories) else 0
         return cls(item_ids, offsets, max_len, torch.zeros(len(histories), dtype=torch.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class ItemFilter:
+    """Which items each row of a batch may get: a set of items per row, and flags for all rows.
+
+    Attributes:
+        item_ids: [T] int64, the rows' sets, packed; T >= offsets[-1], ids behind it belong to no row.
+        offsets: [B+1] int32 row boundaries.
+        only: [B] bool; true where a row may get nothing but its set, false where it may get anything but its set.
+        allowed: [N] bool, the items that any row may get; None is all.
+    """
+
+    item_ids: Tensor
+    offsets: Tensor
+    only: Tensor
+    allowed: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @classmethod
+    def from_lists(
+        cls, item_ids: list[list[int]], only: list[bool] | None = None, allowed: Tensor | None = None
+    ) -> "ItemFilter":
+        """From Python lists of item ids, one per row; by default each row may get anything but its list."""
+        offsets = torch.zeros(len(item_ids) + 1, dtype=torch.int32)
+        offsets[1:] = torch.tensor([len(row) for row in item_ids]).cumsum(0)
+        packed = torch.tensor([item for row in item_ids for item in row], dtype=torch.int64)
+        return cls(packed, offsets, torch.tensor(only or [False] * len(item_ids), dtype=torch.bool), allowed)
+
+    @classmethod
+    def for_all(cls, allowed: Tensor, num_rows: int) -> "ItemFilter":
+        """The same items, `allowed` [N] bool, for every row."""
+        device = allowed.device
+        return cls(
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros(num_rows + 1, dtype=torch.int32, device=device),
+            torch.zeros(num_rows, dtype=torch.bool, device=device),
+            allowed,
+        )
+
+    @classmethod
+    def unseen(cls, histories: SeqBatch, allowed: Tensor | None = None) -> "ItemFilter":
+        """Anything but what a row's history contains."""
+        anything_but = torch.zeros(len(histories), dtype=torch.bool, device=histories.item_ids.device)
+        return cls(histories.item_ids, histories.offsets, anything_but, allowed)
+
+    def flags(self, num_items: int) -> Tensor:
+        """[B, num_items] bool, for rankers that score every item anyway."""
+        places = torch.arange(len(self.item_ids), dtype=self.offsets.dtype, device=self.offsets.device)
+        rows = torch.bucketize(places, self.offsets[1:], right=True)
+        # The tail's items get a row of their own: leaving them out would make a GPU's host wait for their number.
+        listed = torch.zeros(len(self) + 1, num_items, dtype=torch.bool, device=self.item_ids.device)
+        listed[rows, self.item_ids] = True
+        flags = listed[:-1] == self.only[:, None]
+        return flags if self.allowed is None else flags & self.allowed
+
+    def to(self, device: torch.device | str) -> "ItemFilter":
+        """The same filter on another device; copies to a GPU do not wait for it."""
+        soon = torch.device(device).type == "cuda"
+        return ItemFilter(
+            self.item_ids.to(device, non_blocking=soon),
+            self.offsets.to(device, non_blocking=soon),
+            self.only.to(device, non_blocking=soon),
+            None if self.allowed is None else self.allowed.to(device, non_blocking=soon),
+        )
+
+    def part(self, rows: slice) -> "ItemFilter":
+        """The filter of some consecutive rows."""
+        begin, end, _ = rows.indices(len(self))
+        first, last = self.offsets[begin : end + 1 : max(end - begin, 1)].tolist() if end > begin else (0, 0)
+        return replace(
+            self,
+            item_ids=self.item_ids[first:last],
+            offsets=self.offsets[begin : end + 1] - first,
+            only=self.only[rows],
+        )
+
+    def to_capacity(self, *, num_rows: int, num_items: int) -> "ItemFilter":
+        """Filled up to fixed sizes: T of `num_items`, and empty rows that may get anything (ValueError if larger)."""
+        rows, items = num_rows - len(self), num_items - len(self.item_ids)
+        if rows < 0 or items < 0:
+            raise ValueError(
+                f"ItemFilter.to_capacity expected at most {num_rows} rows and {num_items} items, "
+                f"got {len(self)} rows and {len(self.item_ids)} items."
+            )
+        return replace(
+            self,
+            item_ids=pad(self.item_ids, (0, items)),
+            offsets=torch.cat([self.offsets, self.offsets[-1:].expand(rows)]),
+            only=pad(self.only, (0, rows)),
+        )
 
 
 @dataclass(frozen=True, eq=False)

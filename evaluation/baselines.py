@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.schemas import NO_ITEM, Histories, InputError, Ranges, SeqBatch
+from data.schemas import NO_ITEM, Histories, InputError, ItemFilter, Ranges, SeqBatch
 from evaluation.ranker import top_items
 from evaluation.training_items import training_items
 
@@ -35,16 +35,15 @@ class PopularityRanker:
         counts = torch.bincount(training_items(histories, ranges)[1], minlength=num_items)
         return cls(counts, counts.sort(descending=True, stable=True).indices)
 
-    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
         """See `Ranker.rank`; scores are the counts."""
         num_rows, num_items = len(histories), len(self.counts)
-        if allowed is None:
-            allowed = torch.ones(num_items, dtype=torch.bool)
-        allowed = allowed.cpu().expand(num_rows, num_items)
-        forbidden = num_items - int(allowed.sum(dim=1).min()) if num_rows else 0
+        flags = torch.ones(1, 1, dtype=torch.bool) if allowed is None else allowed.to("cpu").flags(num_items)
+        flags = flags.expand(num_rows, num_items)
+        forbidden = num_items - int(flags.sum(dim=1).min()) if num_rows else 0
         candidates = self.order[: k + forbidden]  # enough that every row finds its k, and far fewer than N
         scores = self.counts[candidates].float().expand(num_rows, -1)
-        columns, scores = top_items(scores, k, allowed[:, candidates], ranker=self.name)
+        columns, scores = top_items(scores, k, flags[:, candidates], ranker=self.name)
         return torch.where(columns == NO_ITEM, NO_ITEM, candidates[columns]), scores
 
 
@@ -105,7 +104,7 @@ class ItemKNNRanker:
         neighbours, similarities = _nearest(rows, item_ids, num_items, shrinkage, min(num_neighbours, num_items))
         return cls(neighbours, similarities, decay)
 
-    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
         """See `Ranker.rank`."""
         offsets = histories.offsets.cpu().long()
         item_ids = histories.item_ids.cpu()[: offsets[-1]]
@@ -118,8 +117,8 @@ class ItemKNNRanker:
         scores = torch.zeros(num_rows * num_items, dtype=torch.float64)
         scores.scatter_add_(0, cells.flatten(), votes.flatten())
         scores = scores.view(num_rows, num_items).float()
-        allowed = None if allowed is None else allowed.cpu()
-        return top_items(scores.masked_fill(scores <= 0, -torch.inf), k, allowed, ranker=self.name)
+        flags = None if allowed is None else allowed.to("cpu").flags(num_items)
+        return top_items(scores.masked_fill(scores <= 0, -torch.inf), k, flags, ranker=self.name)
 
 
 def _last_per_row(rows: Tensor, item_ids: Tensor, max_history: int) -> tuple[Tensor, Tensor]:

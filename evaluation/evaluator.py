@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.files import share
-from data.schemas import InputError, SeqBatch
+from data.schemas import InputError, ItemFilter, SeqBatch
 from evaluation.metrics import sliced_metrics, target_ranks
 from evaluation.ranker import Ranker, check_ranking
 
@@ -88,7 +88,7 @@ def evaluate(
 
 def _ranked_items(ranker: Ranker, batch: SeqBatch, k: int, num_items: int, exclude_seen: bool) -> Tensor:
     """[B, k] item ids on the CPU, checked against the contract."""
-    allowed = batch.unseen(num_items) if exclude_seen else None
+    allowed = ItemFilter.unseen(batch) if exclude_seen else None
     with torch.no_grad():
         item_ids, scores = (output.cpu() for output in ranker.rank(batch, k, allowed))
     check_ranking(ranker.name, item_ids, scores, num_rows=len(batch), k=k, num_items=num_items)

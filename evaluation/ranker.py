@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.schemas import NO_ITEM, InputError, SeqBatch
+from data.schemas import NO_ITEM, InputError, ItemFilter, SeqBatch
 
 
 @runtime_checkable
@@ -22,13 +22,13 @@ class Ranker(Protocol):
         """First part of the ranker's metric keys, for instance "generative"; an attribute will do."""
         ...
 
-    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
         """Best k items per row, best first.
 
         Args:
             histories: B rows, on any device; rows may be empty.
             k: length of the lists.
-            allowed: bool [N] or [B, N], the items that may be listed; None allows all.
+            allowed: of the B rows, the items that may be listed; None allows all.
 
         Returns:
             [B, k] int64 item ids, distinct within a row, and [B, k] float32 scores, never rising within a row.

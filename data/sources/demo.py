@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.schemas import NO_ITEM, Catalogue, InputError, SeqBatch, user_hashes
+from data.schemas import NO_ITEM, Catalogue, InputError, ItemFilter, SeqBatch, user_hashes
 from data.sources.base import RawFile, Source, SourceTables
 from data.sources.demo_world import MAX_PURCHASES, DemoWorld
 
@@ -103,13 +103,13 @@ class OracleRanker:
         self._world_items = np.array([positions[key] for key in catalogue.item_keys])
         self._user_rows = {user_hash: row for row, user_hash in enumerate(user_hashes(world.customers.keys).tolist())}
 
-    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
         """The k most probable next items, by log-probability; equal ones by item id.
 
         Args:
             histories: of demo customers, known by user_hashes; cutting their beginning changes nothing.
             k: length of the lists.
-            allowed: [N] or [B, N] bool, items that may be listed.
+            allowed: items that may be listed.
 
         Returns:
             item_ids [B, k] int64 and scores [B, k] float32, filled up with -1 and -inf.
@@ -119,7 +119,7 @@ class OracleRanker:
         """
         chance = torch.from_numpy(self._chance(histories)).to(histories.item_ids.device)
         if allowed is not None:
-            chance = chance * allowed
+            chance = chance * allowed.to(chance.device).flags(chance.shape[1])
         chance, item_ids = chance.sort(dim=1, descending=True, stable=True)
         scores = chance[:, :k].log().float()
         item_ids = item_ids[:, :k].masked_fill(scores == -torch.inf, NO_ITEM)

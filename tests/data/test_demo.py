@@ -15,6 +15,7 @@ from data.schemas import Catalogue, InputError, SeqBatch, user_hashes
 from data.sources.base import SourceTables
 from data.sources.demo import DemoSource, OracleRanker
 from data.sources.demo_world import MAX_PURCHASES, MIN_PURCHASES, DemoWorld
+from tests.item_filters import filter_of
 
 DIGEST_OF_SEED_0 = "b4c7b2876552933ddb3b8b85c81ad2af4c32ae2b616980b58ae679e687ee54e5"
 
@@ -159,10 +160,10 @@ def test_oracle_keeps_the_ranker_contract(dataset, batches):
     assert (item_ids[0] >= 0).sum() <= 1000 - owned
     allowed = torch.zeros(1000, dtype=torch.bool)
     allowed[[3, 5]] = True
-    assert set(oracle.rank(batch, 3, allowed)[0].flatten().tolist()) == {3, 5, -1}
+    assert set(oracle.rank(batch, 3, filter_of(allowed, len(batch)))[0].flatten().tolist()) == {3, 5, -1}
     per_row = allowed.repeat(len(batch), 1)
     per_row[1] = False
-    assert oracle.rank(batch, 3, per_row)[0][1].tolist() == [-1, -1, -1]
+    assert oracle.rank(batch, 3, filter_of(per_row, len(batch)))[0][1].tolist() == [-1, -1, -1]
 
 
 def test_cutting_a_history_does_not_blind_the_oracle(dataset):

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.schemas import NO_TARGET, SeqBatch
+from data.schemas import NO_TARGET, ItemFilter, SeqBatch
 
 BATCH = replace(
     SeqBatch.from_lists([[3, 1], [], [2]]), user_hashes=torch.tensor([7, 8, 9]), targets=torch.tensor([0, 1, 3])
@@ -40,6 +40,26 @@ def test_to_capacity_refuses_a_batch_that_is_larger() -> None:
         BATCH.to_capacity(num_rows=3, num_items=2)
 
 
+def test_unseen_items_of_jagged_rows() -> None:
+    unseen = ItemFilter.unseen(SeqBatch.from_lists([[1, 1, 3], [], [0]]))
+    assert unseen.flags(4).int().tolist() == [[1, 0, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]]
+
+
+def test_a_filter_of_sets_and_flags() -> None:
+    """Row 0 may get its set alone, row 1 anything but its set; item 3 is for nobody."""
+    flags = torch.tensor([True, True, True, False])
+    items = ItemFilter.from_lists([[0, 3], [0, 3], []], only=[True, False, False], allowed=flags)
+    expected = [[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
+    assert items.flags(4).int().tolist() == expected
+    assert items.to_capacity(num_rows=4, num_items=9).flags(4).int().tolist() == [*expected, [1, 1, 1, 0]]
+    assert items.part(slice(1, 3)).flags(4).int().tolist() == expected[1:]
+    assert items.part(slice(1, 2)).item_ids.tolist() == [0, 3]
+    assert len(items.part(slice(3, 3))) == 0
+    assert ItemFilter.for_all(flags, 2).flags(4).tolist() == [flags.tolist()] * 2
+    with pytest.raises(ValueError, match="at most 2 rows and 4 items, got 3 rows and 4 items"):
+        items.to_capacity(num_rows=2, num_items=4)
+
+
 def test_unseen_leaves_the_tail_out() -> None:
-    unseen = BATCH.to_capacity(num_rows=4, num_items=6).unseen(4)
+    unseen = ItemFilter.unseen(BATCH.to_capacity(num_rows=4, num_items=6)).flags(4)
     assert unseen.int().tolist() == [[1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 0, 1], [1, 1, 1, 1]]

@@ -12,6 +12,7 @@ from evaluation.baselines import ItemKNNRanker, PopularityRanker
 from evaluation.evaluator import evaluate_rankers
 from evaluation.ranker import Ranker, check_ranking
 from evaluation.training_items import never_repeats
+from tests.item_filters import filter_of
 
 INF = float("inf")
 
@@ -25,7 +26,8 @@ def prepared(rows: list[list[int]], *, held_out: int = 0) -> tuple[Histories, Ra
     return histories, Ranges(numbers, torch.zeros_like(numbers), ends)
 
 
-def ranked(ranker: Ranker, rows: list[list[int]], k: int, allowed: Tensor | None = None) -> list[list[int]]:
+def ranked(ranker: Ranker, rows: list[list[int]], k: int, flags: Tensor | None = None) -> list[list[int]]:
+    allowed = None if flags is None else filter_of(flags, len(rows))
     item_ids, scores = ranker.rank(SeqBatch.from_lists(rows), k, allowed)
     check_ranking(ranker.name, item_ids, scores, num_rows=len(rows), k=k, num_items=5)
     return item_ids.tolist()

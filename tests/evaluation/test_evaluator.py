@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.schemas import Histories, InputError, Ranges, SeqBatch
+from data.schemas import Histories, InputError, ItemFilter, Ranges, SeqBatch
 from evaluation.evaluator import evaluate, evaluate_rankers, save_ranks
 from evaluation.ranker import Ranker, top_items
 from evaluation.training_items import never_repeats, training_items
@@ -20,8 +20,9 @@ class FixedScores:
     scores: Tensor
     name: str = "fixed"
 
-    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return top_items(self.scores.expand(len(histories), -1), k, allowed, ranker=self.name)
+    def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
+        flags = None if allowed is None else allowed.flags(self.scores.shape[-1])
+        return top_items(self.scores.expand(len(histories), -1), k, flags, ranker=self.name)
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Unchecked:
     scores: Tensor
     name: str = "unchecked"
 
-    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
         return self.item_ids, self.scores
 
 

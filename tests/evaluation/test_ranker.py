@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from data.schemas import InputError, SeqBatch
+from data.schemas import InputError
 from evaluation.ranker import check_ranking, top_items
 
 INF = float("inf")
@@ -41,11 +41,6 @@ def test_allowed_may_be_shared_or_per_row():
 def test_nan_scores_are_refused():
     with pytest.raises(InputError, match="'mine' gave NaN scores"):
         top_items(torch.tensor([[1.0, float("nan")]]), 1, ranker="mine")
-
-
-def test_unseen_items_of_jagged_rows():
-    unseen = SeqBatch.from_lists([[1, 1, 3], [], [0]]).unseen(4)
-    assert unseen.int().tolist() == [[1, 0, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]]
 
 
 def check(item_ids: list[list[int]], scores: list[list[float]], *, num_rows: int = 1, k: int = 3) -> None:
