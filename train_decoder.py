@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gin
 import torch
@@ -24,6 +25,7 @@ from data.schemas import InputError, SeqBatch
 from evaluate import EvaluationProtocol
 from evaluation.table import format_metrics
 from modules.artifact import save_model_artifact
+from modules.generation.beam import Normalize
 from modules.generation.ranker import GenerativeRanker
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from modules.tokenizer.legacy import is_legacy, load_legacy
@@ -95,6 +97,7 @@ def train(
     max_history: int = 20,
     strategy: ExampleStrategy = ExampleStrategy.EVERY_PREFIX,
     beam_width: int = 20,
+    normalize: Normalize = "level",
     max_valid_users: int | None = None,
     exclude_seen: bool | None = None,
     seed: int = 0,
@@ -115,6 +118,7 @@ def train(
         max_history: items that the model reads of a history, the last ones.
         strategy: how training ranges become examples.
         beam_width: prefixes kept per step of generation.
+        normalize: what scores are probabilities among, see `modules.generation.beam.beam_search`.
         max_valid_users: validate on that many users, drawn once; None takes all.
         exclude_seen: evaluate every ranker without the items of the history; None does where no training history
             repeats an item.
@@ -138,7 +142,8 @@ def train(
     torch.manual_seed(seed)
     languages = {semantic_ids.language: semantic_ids.level_sizes}
     retrieval_model = EncoderDecoderRetrievalModel(replace(model, languages=languages))
-    ranker = GenerativeRanker(retrieval_model, semantic_ids, beam_width=beam_width, max_history=max_history)
+    settings: dict[str, Any] = {"beam_width": beam_width, "max_history": max_history, "normalize": normalize}
+    ranker = GenerativeRanker(retrieval_model, semantic_ids, **settings)
     process = process_state()
     batches = TrainingBatches(
         prepared.histories,
@@ -169,7 +174,6 @@ def train(
         "steps": result.steps,
         "best_step": result.best_step,
     }
-    settings = {"beam_width": beam_width, "max_history": max_history}
     on_main(lambda: save_model_artifact(run.model, retrieval_model, semantic_ids, origin, ranker_settings=settings))
     on_main(lambda: _report(run, protocol, ranker, result))
     return run.model

@@ -12,7 +12,7 @@ take an optional `seed` ([1] int64): the same seed drops the same elements on ev
 
 from ops.attention import beam_cross_attention, beam_self_attention, jagged_attention, jagged_self_attention
 from ops.backend import describe_backend, use_backend
-from ops.codes import TrieLevel, build_trie, codebook_stats, residual_quantize, trie_topk_step
+from ops.codes import LeafFilter, TrieLevel, build_trie, codebook_stats, residual_quantize, trie_topk_step
 from ops.graphs import GraphedCall
 from ops.jagged import (
     jagged_concat,
@@ -35,6 +35,7 @@ from ops.seeds import dropout_seeds
 
 __all__ = [
     "GraphedCall",
+    "LeafFilter",
     "TrieLevel",
     "add_rms_norm",
     "beam_cross_attention",

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 import ops
-from data.schemas import NO_ITEM, InputError, SeqBatch
-from modules.generation.beam import raise_if_broken, search_beams
+from data.schemas import NO_ITEM, InputError, ItemFilter, SeqBatch
+from modules.generation.beam import Normalize, raise_if_broken, search_beams
 from modules.generation.trie import PrefixTrie
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.sequence import SequenceTokenizer
@@ -24,20 +24,22 @@ _MAX_SHAPES = 64
 
 
 @dataclass(frozen=True, eq=False)
-class _Query:
+class Query:
     """What the result of a search depends on.
 
     Attributes:
         histories: B rows, without targets.
-        allowed: [N] or [B, N] bool, or None.
         width: of the beam.
+        allowed: of the B rows, or None.
+        allowed_before: of `allowed.allowed`, from the trie's function of that name; None where that is None.
     """
 
     histories: SeqBatch
-    allowed: Tensor | None
     width: int
+    allowed: ItemFilter | None = None
+    allowed_before: Tensor | None = None
 
-    def to_capacity(self, max_rows: int, max_history: int) -> "_Query":
+    def to_capacity(self, max_rows: int, max_history: int) -> "Query":
         """Filled up to one of a few shapes with empty rows, and with items that belong to no row."""
         histories = self.histories
         num_rows = min(1 << (len(histories) - 1).bit_length(), max_rows)
@@ -45,8 +47,10 @@ class _Query:
         num_items = max(-(-len(histories.item_ids) // bucket), 1) * bucket
         filled = replace(histories.to_capacity(num_rows=num_rows, num_items=num_items), max_len=max_history)
         allowed = self.allowed
-        if allowed is not None and allowed.dim() == 2:
-            allowed = pad(allowed, (0, 0, 0, num_rows - len(histories)))
+        if allowed is not None:
+            size = len(allowed.item_ids)
+            room = num_items if size <= num_items else 1 << (size - 1).bit_length()  # seen items need no further shapes
+            allowed = allowed.to_capacity(num_rows=num_rows, num_items=room)
         return replace(self, histories=filled, allowed=allowed)
 
 
@@ -66,55 +70,74 @@ class GenerativeRanker:
         beam_width: int = 20,
         max_history: int = 20,
         batch_size: int = 256,
+        normalize: Normalize = "level",
         cuda_graphs: bool = True,
     ) -> None:
         """Build the trie of the tokenizer's catalogue.
 
         Args:
             model: used in evaluation mode on whatever device it lies at the time of a call.
-            tokenizer: the one that the model was trained with.
+            tokenizer: the one that the model was trained with, or one that has grown from it.
             beam_width: prefixes kept per step; at least k are kept in any case.
             max_history: only a row's last items up to this number are read, as in training.
             batch_size: histories searched at once, which bounds the memory.
+            normalize: "level" or "children", see `beam_search`.
             cuda_graphs: False searches kernel by kernel.
 
         Raises:
-            InputError: if a number is below 1, or the tokenizer's codes are not those that the model writes.
+            InputError: if a number is below 1, the normalisation is unknown, or the tokenizer's codes are not those
+                that the model writes.
         """
         settings = {"beam_width": beam_width, "max_history": max_history, "batch_size": batch_size}
         for name, value in settings.items():
             if value < 1:
                 raise InputError(f"GenerativeRanker expected {name} of at least 1, got {value}.")
-        _check_codes(model, tokenizer)
+        if normalize not in get_args(Normalize):
+            known = " or ".join(map(repr, get_args(Normalize)))
+            raise InputError(f"GenerativeRanker expected normalize to be {known}, got {normalize!r}.")
         self.model = model
         self.beam_width = beam_width
         self.max_history = max_history
         self.batch_size = batch_size
+        self._normalize = normalize
         self._cuda_graphs = cuda_graphs
-        self._trie = PrefixTrie.from_semantic_ids(tokenizer.semantic_ids)
+        self.refresh(tokenizer)
+
+    def refresh(self, tokenizer: SemanticIdTokenizer) -> None:
+        """Take over a catalogue to which items were added or from which some were removed; recordings begin anew.
+
+        Raises:
+            InputError: if the tokenizer's codes are not those that the model writes, or no item is available; the
+                ranker stays as it was.
+        """
+        model = self.model
+        _check_codes(model, tokenizer)
+        trie = PrefixTrie.from_semantic_ids(tokenizer.semantic_ids, tokenizer.available)
         self._tokenize = SequenceTokenizer(tokenizer.semantic_ids, model.vocabulary, language=model.language)
+        self._trie = trie
         self._device: torch.device | None = None
 
-    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
         """The k likeliest items per history; see `Ranker.rank`. Results lie where the histories lie."""
         device = next(self.model.parameters()).device
         self._move_to(device)
         num_rows, home = len(histories), histories.item_ids.device
         item_ids = torch.full((num_rows, k), NO_ITEM, device=device)
         scores = torch.full((num_rows, k), -torch.inf, device=device)
-        broken = torch.zeros(self._trie.num_levels, num_rows, dtype=torch.bool, device=device)
-        histories = last_items(replace(histories, targets=None), self.max_history)
+        broken = []
+        query = Query(last_items(replace(histories, targets=None), self.max_history), max(self.beam_width, k), allowed)
+        query = self._with_flags_on_device(query)
         with _evaluation_mode(self.model), _autocast_without_cache(device) as precision:
-            for rows, chunk in _chunks(histories, self.batch_size):
-                of_rows = allowed[rows] if allowed is not None and allowed.dim() == 2 else allowed
-                query = _Query(chunk, of_rows, max(self.beam_width, k))
+            for rows, part in _parts(query, self.batch_size):
+                num_found = len(part.histories)
                 if self._search.records:
-                    query = query.to_capacity(self.batch_size, self.max_history)
-                found_ids, found_scores, found_broken = self._search(query, mode=precision)
-                item_ids[rows] = found_ids[: len(chunk), :k]
-                scores[rows] = found_scores[: len(chunk), :k]
-                broken[:, rows] = found_broken[:, : len(chunk)]
-        raise_if_broken(broken)
+                    part = part.to_capacity(self.batch_size, self.max_history)
+                found_ids, found_scores, found_broken = self._search(part, mode=precision)
+                item_ids[rows] = found_ids[:num_found, :k]
+                scores[rows] = found_scores[:num_found, :k]
+                broken.append(found_broken[:, :num_found].clone())  # a replay overwrites what the last one returned
+        if broken:
+            raise_if_broken(torch.cat(broken, dim=1))
         return item_ids.to(home), scores.to(home)
 
     def _move_to(self, device: torch.device) -> None:
@@ -133,42 +156,71 @@ class GenerativeRanker:
             max_shapes=_MAX_SHAPES,
         )
 
-    def _find(self, query: _Query) -> tuple[Tensor, Tensor, Tensor]:
+    def _with_flags_on_device(self, query: Query) -> Query:
+        """What is the same for all rows is brought to the device, and summed up, once for all parts."""
+        if query.allowed is None or query.allowed.allowed is None:
+            return query
+        flags = query.allowed.allowed.to(self._trie.device)
+        return replace(
+            query, allowed=replace(query.allowed, allowed=flags), allowed_before=self._trie.allowed_before(flags)
+        )
+
+    def _find(self, query: Query) -> tuple[Tensor, Tensor, Tensor]:
         """What `search_beams` returns."""
-        node_allowed = None if query.allowed is None else self._trie.allowed_nodes(query.allowed)
-        return search_beams(self.model, self._tokenize(query.histories), self._trie, query.width, node_allowed)
+        tokens, leaf_filter = self._tokenize(query.histories), None
+        if query.allowed is not None:
+            leaf_filter = self._trie.leaf_filter(query.allowed, query.allowed_before)
+        return search_beams(self.model, tokens, self._trie, query.width, leaf_filter, self._normalize)
 
 
 def last_items(histories: SeqBatch, max_history: int) -> SeqBatch:
-    """The batch with only the last `max_history` items of every row."""
-    if histories.max_len <= max_history:
+    """The batch with only the last `max_history` items of every row.
+
+    On a GPU, whose host would have to wait for their number, the batch keeps a tail of items that belong to no row.
+    """
+    if histories.max_len <= max_history or len(histories) == 0:
         return histories
     ends = histories.offsets[1:].long()
-    lengths = histories.offsets.long().diff().clamp(max=max_history)
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    rows = torch.repeat_interleave(lengths)
-    positions = torch.arange(len(rows), device=rows.device) + (ends - offsets[1:])[rows]
+    offsets = torch.nn.functional.pad(histories.offsets.diff().clamp(max=max_history).cumsum(0), (1, 0))
+    num_items = min(len(histories.item_ids), len(histories) * max_history)
+    if _knows_values(offsets):
+        num_items = int(offsets[-1])
+    places = torch.arange(num_items, device=offsets.device)
+    rows = torch.bucketize(places, offsets[1:], right=True).clamp(max=len(histories) - 1)
+    positions = places + (ends - offsets[1:])[rows]
     return replace(
-        histories, item_ids=histories.item_ids[positions], offsets=offsets.to(torch.int32), max_len=max_history
+        histories,
+        item_ids=histories.item_ids[positions.clamp(max=len(histories.item_ids) - 1)],
+        offsets=offsets.to(torch.int32),
+        max_len=max_history,
     )
 
 
-def _chunks(batch: SeqBatch, num_rows: int) -> Iterator[tuple[slice, SeqBatch]]:
-    """The batch in parts of at most `num_rows` rows, each with the rows that it holds."""
-    if 0 < len(batch) <= num_rows:
-        yield slice(0, len(batch)), batch
+def _knows_values(tensor: Tensor) -> bool:
+    """Whether the host reads a tensor without waiting."""
+    return tensor.device.type == "cpu"
+
+
+def _parts(query: Query, num_rows: int) -> Iterator[tuple[slice, Query]]:
+    """The query in parts of at most `num_rows` rows, each with the rows that it holds.
+
+    The host waits for a GPU only where histories or sets that lie there are really parted.
+    """
+    histories, allowed = query.histories, query.allowed
+    if 0 < len(histories) <= num_rows:
+        yield slice(0, len(histories)), query
         return
-    bounds = batch.offsets.tolist()
-    for begin in range(0, len(batch), num_rows):
-        end = min(begin + num_rows, len(batch))
+    bounds = histories.offsets.tolist()
+    for begin in range(0, len(histories), num_rows):
+        rows = slice(begin, min(begin + num_rows, len(histories)))
         part = replace(
-            batch,
-            item_ids=batch.item_ids[bounds[begin] : bounds[end]],
-            offsets=batch.offsets[begin : end + 1] - bounds[begin],
-            user_hashes=batch.user_hashes[begin:end],
-            targets=None if batch.targets is None else batch.targets[begin:end],
+            histories,
+            item_ids=histories.item_ids[bounds[rows.start] : bounds[rows.stop]],
+            offsets=histories.offsets[rows.start : rows.stop + 1] - bounds[rows.start],
+            user_hashes=histories.user_hashes[rows],
+            targets=None if histories.targets is None else histories.targets[rows],
         )
-        yield slice(begin, end), part
+        yield rows, replace(query, histories=part, allowed=None if allowed is None else allowed.part(rows))
 
 
 @contextmanager

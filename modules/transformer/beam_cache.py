@@ -1,10 +1,20 @@
 """What generation keeps of the decoder's self attention between steps."""
 
+import copy
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ops.backend import to_autocast_dtype
+
+
+@dataclass(eq=False)
+class _Memory:
+    """Keys and values [layers, S, B, slots, 2, H, D], shared by a cache and its forks."""
+
+    entries: Tensor | None = None
 
 
 class BeamCache:
@@ -23,7 +33,7 @@ class BeamCache:
         self.ancestors = torch.zeros(num_rows, 1, 0, dtype=torch.int64, device=bias.device)
         self._num_layers = num_layers
         self._bias = bias
-        self._entries: Tensor | None = None  # [layers, S, B, slots, 2, H, D]
+        self._memory = _Memory()
 
     @property
     def num_steps(self) -> int:
@@ -34,6 +44,13 @@ class BeamCache:
     def bias(self) -> Tensor:
         """[H, steps] relative bias of the newest step's query."""
         return self._bias[:, self._bias.shape[1] - self.num_steps :]
+
+    def fork(self) -> "BeamCache":
+        """A second future of the same past, in the same memory: this cache must not be used before the fork is done.
+
+        Whatever the fork writes lies behind the steps that both have taken.
+        """
+        return copy.copy(self)
 
     def advance_(self, parents: Tensor) -> None:
         """Extend the ancestry: beam w of the next step follows beam parents[:, w] ([B, W] int64) of the last one."""
@@ -58,7 +75,7 @@ class BeamCache:
 
     def _with_room_for(self, x: Tensor, width: int) -> Tensor:
         """The first step has one beam: memory grows when beams become more, as a rule once."""
-        old = self._entries
+        old = self._memory.entries
         num_rows, num_beams, _ = x.shape
         if old is not None and num_beams <= old.shape[3]:
             return old
@@ -68,5 +85,5 @@ class BeamCache:
         if old is not None:
             done = self.num_steps - 1
             entries[:, :done, :, : old.shape[3]].copy_(old[:, :done])
-        self._entries = entries
+        self._memory.entries = entries
         return entries

@@ -1,7 +1,7 @@
 """The decoder stack: teacher-forced over whole targets, or step by step over beams."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -35,6 +35,10 @@ class DecoderState:
     def num_rows(self) -> int:
         """B."""
         return len(self.encoded_rows)
+
+    def fork(self) -> "DecoderState":
+        """A second future of the same past; see `BeamCache.fork`."""
+        return replace(self, beams=self.beams.fork())
 
 
 class DecoderLayer(nn.Module):

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ops.reference.leaf_filter import LeafFilter, leaf_range
+from ops.reference.trie_topk_step import NO_CANDIDATE, best_places, sort_keys
+
 
 def trie_topk_step(
     logits: Tensor,
@@ -12,34 +15,33 @@ def trie_topk_step(
     row_ptr: Tensor,
     edge_codes: Tensor,
     beam_width: int,
-    node_allowed: Tensor | None = None,
+    normalize: str = "level",
+    leaf_filter: LeafFilter | None = None,
+    leaf_begins: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best children of every row's beams; see `ops.trie_topk_step`.
 
     Candidates are kept packed (T of them, all rows together). Because a row's beams ascend by node number, so do its
-    candidates, and "lowest index" means "lowest code tuple".
+    candidates, and "lowest place" means "lowest code tuple".
     """
     num_rows, num_beams = nodes.shape
     beams, edges = _children(nodes.flatten(), row_ptr)
-    if node_allowed is not None:
-        allowed = node_allowed[edges] if node_allowed.dim() == 1 else node_allowed[beams // num_beams, edges]
-        beams, edges = beams[allowed], edges[allowed]
-    codes = edge_codes[edges].long()
-    logits = logits.float().flatten(0, 1)
-    log_probabilities = logits.flatten()[beams * logits.shape[1] + codes] - logits.logsumexp(1)[beams]
-    candidates = scores.flatten()[beams] + log_probabilities
-    if bool(candidates.isnan().any()):
-        numbers = ~candidates.isnan()
-        beams, edges, codes, candidates = beams[numbers], edges[numbers], codes[numbers], candidates[numbers]
+    codes, rows = edge_codes[edges].long(), beams // num_beams
+    candidates = scores.flatten()[beams] + _log_probabilities(logits, beams, codes, normalize)
+    exists = ~candidates.isnan()
+    if leaf_filter is not None:
+        exists &= leaf_filter.permits(rows, *leaf_range(edges, leaf_begins))
 
-    rows = beams // num_beams
-    winners, slots = _top_per_row(candidates, rows, num_rows, beam_width)
-    places = rows[winners] * beam_width + slots
+    counts = torch.bincount(rows, minlength=num_rows)
+    begins = counts.cumsum(0) - counts
+    places = torch.arange(len(rows)) - begins[rows]
+    keys = places.new_full((num_rows, int(counts.max()) if num_rows else 0), NO_CANDIDATE)
+    keys[rows, places] = sort_keys(candidates, places, exists)
+    places, found = best_places(keys, beam_width)
+    winners = torch.where(found, begins[:, None] + places, len(rows))
 
     def placed(values: Tensor, filler: float) -> Tensor:
-        filled = values.new_full((num_rows * beam_width,), filler)
-        filled[places] = values[winners]
-        return filled.view(num_rows, beam_width)
+        return pad(values, (0, 1), value=filler)[winners]
 
     return placed(beams % num_beams, 0), placed(codes, 0), placed(edges, -1), placed(candidates, -torch.inf)
 
@@ -49,30 +51,19 @@ def _children(nodes: Tensor, row_ptr: Tensor) -> tuple[Tensor, Tensor]:
     begins = row_ptr[nodes.clamp(min=0)].long()
     degrees = torch.where(nodes < 0, 0, row_ptr[nodes.clamp(min=0) + 1].long() - begins)
     beams = torch.repeat_interleave(degrees)
-    within = torch.arange(len(beams), device=nodes.device) - (degrees.cumsum(0) - degrees)[beams]
+    within = torch.arange(len(beams)) - (degrees.cumsum(0) - degrees)[beams]
     return beams, begins[beams] + within
 
 
-def _top_per_row(values: Tensor, rows: Tensor, num_rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Positions in `values` of the `width` largest of every row, ascending, and their slots 0, 1, ... in the row.
-
-    Both arguments are packed [T], `rows` ascending. Equal values at the edge of the selection go to the lowest
-    positions.
-    """
-    counts = torch.bincount(rows, minlength=num_rows)
-    ends = counts.cumsum(0)
-    begins = ends - counts
-    longest = int(counts.max()) if num_rows else 0
-    padded = values.new_full((num_rows, max(longest, width)), -torch.inf)
-    padded[rows, torch.arange(len(rows), device=rows.device) - begins[rows]] = values
-    threshold = padded.topk(width, sorted=True).values[:, -1][rows]
-
-    above = pad((values > threshold).cumsum(0), (1, 0))
-    room_for_ties = width - (above[ends] - above[begins])
-    tied = values == threshold
-    ties_so_far = pad(tied.cumsum(0), (1, 0))
-    fits = ties_so_far[1:] - ties_so_far[begins][rows] <= room_for_ties[rows]
-    winners = ((values > threshold) | (tied & fits)).nonzero().squeeze(1)
-    first_slot = pad(torch.bincount(rows[winners], minlength=num_rows).cumsum(0), (1, 0))
-    slots = torch.arange(len(winners), device=rows.device) - first_slot[rows[winners]]
-    return winners, slots
+def _log_probabilities(logits: Tensor, beams: Tensor, codes: Tensor, normalize: str) -> Tensor:
+    """[T] of the candidates: child `codes` of beam `beams`, in logits [B, W, K]."""
+    if normalize == "none":
+        return logits[beams // logits.shape[1], beams % logits.shape[1], codes].float()
+    logits = logits.float().flatten(0, 1)
+    own = logits.flatten()[beams * logits.shape[1] + codes]
+    if normalize == "level":
+        return own - logits.logsumexp(1)[beams]
+    highest = own.new_full((len(logits),), -torch.inf).scatter_reduce_(0, beams, own, "amax")
+    highest = torch.where(highest.isinf(), 0.0, highest)
+    sums = torch.zeros_like(highest).index_add_(0, beams, (own - highest[beams]).exp())
+    return own - (sums.log() + highest)[beams]

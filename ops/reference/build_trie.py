@@ -1,11 +1,14 @@
 """Prefix trie of code tuples as compressed sparse rows, by sorting."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from data.schemas import InputError
+_KEY_BITS = 63
+_MAX_INT16 = torch.iinfo(torch.int16).max
 
 
 class TrieLevel(NamedTuple):
@@ -16,7 +19,7 @@ class TrieLevel(NamedTuple):
 
     Attributes:
         row_ptr: [M+1] int32; the edges of node m are row_ptr[m]..row_ptr[m+1].
-        codes: [E] int32, the code of every edge.
+        codes: [E] int16, or int32 where int16 does not suffice; the code of every edge.
     """
 
     row_ptr: Tensor
@@ -24,49 +27,73 @@ class TrieLevel(NamedTuple):
 
 
 def build_trie(codes: Tensor) -> tuple[list[TrieLevel], Tensor]:
-    """Trie of distinct code tuples; leaf i is the i-th tuple in lexicographic order.
-
-    Args:
-        codes: [N, L] int64, not negative.
-
-    Returns:
-        one TrieLevel per column, and leaf_rows [N] int64, the row of `codes` that each leaf stands for.
-
-    Raises:
-        InputError: if two rows are equal.
-    """
-    leaf_rows = _lexicographic_order(codes)
-    ordered = codes[leaf_rows]
-    differs = ordered[1:] != ordered[:-1]
-    first = torch.ones(1, dtype=torch.bool, device=codes.device)
+    """See `ops.build_trie`."""
+    num_bits = [int(highest).bit_length() for highest in codes.amax(0).tolist()]
+    if sum(num_bits) <= _KEY_BITS:
+        order, columns = _order_by_key(codes, num_bits)
+    else:
+        order, columns = _order_by_column(codes)
     levels = []
-    node_of_row = torch.zeros_like(leaf_rows)
-    num_nodes = 1
-    for column in range(codes.shape[1]):
-        starts_node = torch.cat([first, differs[:, : column + 1].any(1)])
-        num_edges = torch.bincount(node_of_row[starts_node], minlength=num_nodes)
-        row_ptr = torch.nn.functional.pad(num_edges.cumsum(0), (1, 0))
-        levels.append(TrieLevel(row_ptr.int(), ordered[starts_node, column].int()))
-        node_of_row = starts_node.cumsum(0) - 1
-        num_nodes = len(levels[-1].codes)
-    if num_nodes < len(codes):
-        raise InputError(_duplicate_message(codes, leaf_rows, differs))
-    return levels, leaf_rows
+    differs = torch.zeros(len(codes) - 1, dtype=torch.bool, device=codes.device)
+    parents = order.new_zeros(1)
+    for column in columns:
+        differs |= column[1:] != column[:-1]
+        level, nodes = _level(column, pad(differs, (1, 0), value=True), parents)
+        levels.append(level)
+        parents = nodes
+    if len(parents) < len(codes):
+        numbers = _numbers_within(parents, len(codes))
+        levels.append(_level(numbers, torch.ones_like(numbers, dtype=torch.bool), parents)[0])
+    return levels, order.int()
 
 
-def _lexicographic_order(codes: Tensor) -> Tensor:
-    """Row numbers in ascending order of the rows: one stable sort per column, the least significant first."""
+def _order_by_key(codes: Tensor, num_bits: list[int]) -> tuple[Tensor, Iterator[Tensor]]:
+    """Row numbers in ascending order of the rows, equal rows as they were, and the columns in that order.
+
+    A row is one number, the bits of its codes behind each other, so that one sort suffices.
+    """
+    keys = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+    for column, width in zip(codes.unbind(1), num_bits, strict=True):
+        keys = (keys << width) | column
+    keys, order = keys.sort(stable=True)
+
+    def columns() -> Iterator[Tensor]:
+        shift = sum(num_bits)
+        for width in num_bits:
+            shift -= width
+            yield (keys >> shift) & ((1 << width) - 1)
+
+    return order, columns()
+
+
+def _order_by_column(codes: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+    """As `_order_by_key`, by one stable sort per column, the least significant first."""
     order = torch.arange(len(codes), device=codes.device)
     for column in reversed(codes.unbind(1)):
         order = order[column[order].argsort(stable=True)]
-    return order
+    return order, (column[order] for column in codes.unbind(1))
 
 
-def _duplicate_message(codes: Tensor, order: Tensor, differs: Tensor) -> str:
-    repeats = (~differs.any(1)).nonzero().squeeze(1)
-    first, second = order[repeats[0] : repeats[0] + 2].tolist()
-    return (
-        f"build_trie expected distinct code tuples, got {len(repeats)} repeats; "
-        f"rows {first} and {second} are both {tuple(codes[first].tolist())}. "
-        "Give colliding items a dedup code (SemanticIdTokenizer.fit does)."
-    )
+def _level(column: Tensor, is_first: Tensor, parents: Tensor) -> tuple[TrieLevel, Tensor]:
+    """A level from the ordered rows.
+
+    Args:
+        column: [N] codes of the level.
+        is_first: [N] bool, which rows are the first with their prefix.
+        parents: positions of the rows that are the first with a prefix one code shorter.
+
+    Returns:
+        the level, and where in the order its edges begin.
+    """
+    begins = is_first.nonzero().squeeze(1)
+    edges_before = is_first.cumsum(0, dtype=torch.int32) - 1
+    row_ptr = pad(edges_before[parents], (0, 1), value=len(begins))
+    codes = column[begins]
+    dtype = torch.int16 if int(codes.max()) <= _MAX_INT16 else torch.int32
+    return TrieLevel(row_ptr, codes.to(dtype)), begins
+
+
+def _numbers_within(begins: Tensor, length: int) -> Tensor:
+    """[length] 0, 1, ... anew from each of the ascending positions `begins`, the first of which is 0."""
+    sizes = pad(begins, (0, 1), value=length).diff()
+    return torch.arange(length, device=begins.device) - begins.repeat_interleave(sizes)

@@ -4,7 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_NO_CANDIDATE = torch.iinfo(torch.int32).min
+from ops.reference.leaf_filter import LeafFilter, leaf_range
+
+NO_CANDIDATE = torch.iinfo(torch.int64).min
+"""Key of a place without a child that may be reached."""
+
+_PLACE_BITS = 32
 
 
 def trie_topk_step(
@@ -14,7 +19,9 @@ def trie_topk_step(
     row_ptr: Tensor,
     edge_codes: Tensor,
     beam_width: int,
-    node_allowed: Tensor | None = None,
+    normalize: str = "level",
+    leaf_filter: LeafFilter | None = None,
+    leaf_begins: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.trie_topk_step`.
 
@@ -28,26 +35,50 @@ def trie_topk_step(
     edges = edges.clamp(max=len(edge_codes) - 1).long()
     codes = edge_codes[edges].long()
     logits = logits.float()
-    candidates = scores[:, :, None] + (logits.gather(2, codes) - logits.logsumexp(2, keepdim=True))
+    own = logits.gather(2, codes)
+    if normalize == "level":
+        own = own - logits.logsumexp(2, keepdim=True)
+    elif normalize == "children":
+        own = own - own.masked_fill(~exists, -torch.inf).logsumexp(2, keepdim=True)
+    candidates = scores[:, :, None] + own
     exists &= ~candidates.isnan()
-    if node_allowed is not None:
-        rows = torch.arange(num_rows, device=logits.device)[:, None, None]
-        exists &= node_allowed[edges] if node_allowed.dim() == 1 else node_allowed[rows, edges]
+    if leaf_filter is not None:
+        rows = torch.arange(num_rows, device=logits.device)[:, None, None].expand_as(edges)
+        exists &= leaf_filter.permits(rows, *leaf_range(edges, leaf_begins))
 
-    keys = torch.where(exists, _ordered(candidates), _NO_CANDIDATE).flatten(1)
-    keys, places = keys.sort(dim=1, descending=True, stable=True)
     nowhere = num_beams * num_codes
-    places = torch.where(keys == _NO_CANDIDATE, nowhere, places)[:, :beam_width].sort(dim=1).values
-    places = pad(places, (0, beam_width - places.shape[1]), value=nowhere)
+    keys = sort_keys(candidates.flatten(1), torch.arange(nowhere, device=logits.device), exists.flatten(1))
+    places, found = best_places(keys, beam_width)
+    places = torch.where(found, places, nowhere)
 
     def placed(values: Tensor, filler: float) -> Tensor:
         return pad(values.flatten(1), (0, 1), value=filler).gather(1, places)
 
-    parents = torch.where(places == nowhere, 0, places // num_codes)
+    parents = torch.where(found, places // num_codes, 0)
     return parents, placed(codes, 0), placed(edges, -1), placed(candidates, -torch.inf)
 
 
-def _ordered(x: Tensor) -> Tensor:
-    """Int32 that compare as the fp32 numbers do, both zeros being equal; above _NO_CANDIDATE."""
-    bits = (x + 0.0).view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+def sort_keys(scores: Tensor, places: Tensor, exists: Tensor) -> Tensor:
+    """Distinct int64 that order places by score, and the lower one of equal scores higher.
+
+    Args:
+        scores: fp32, numbers where `exists`; both zeros are equal.
+        places: int64 from 0 to 2^31.
+        exists: bool; where it is false the key is NO_CANDIDATE.
+    """
+    bits = (scores + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    return torch.where(exists, (ordered << _PLACE_BITS) - places, NO_CANDIDATE)
+
+
+def best_places(keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The places of the highest keys [B, P] of every row, ascending.
+
+    Returns:
+        places [B, width] int64, and [B, width] bool which of them are places: a row's last ones may not be.
+    """
+    keys = keys.topk(min(width, keys.shape[1]), dim=1, sorted=False).values
+    nowhere = 1 << _PLACE_BITS
+    places = torch.where(keys == NO_CANDIDATE, nowhere, -keys & (nowhere - 1)).sort(dim=1).values
+    places = pad(places, (0, width - places.shape[1]), value=nowhere)
+    return places, places < nowhere

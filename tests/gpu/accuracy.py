@@ -119,6 +119,12 @@ def cases(size: Size) -> dict[str, Case]:
         found = ops.trie_topk_step(logits, nodes, scores, row_ptr, edge_codes, beam_width=size.beams)[3]
         return found.sort(dim=1).values
 
+    def plain_trie_topk_step(
+        logits: Tensor, scores: Tensor, row_ptr: Tensor, edge_codes: Tensor, nodes: Tensor
+    ) -> Tensor:
+        children = logits.log_softmax(-1)[..., edge_codes[: size.codes // 2].long()]  # of every node the same
+        return (scores[..., None] + children).flatten(1).topk(size.beams).values.sort(dim=1).values
+
     return {
         "add_rms_norm": Case(
             add_rms_norm,
@@ -254,6 +260,7 @@ def cases(size: Size) -> dict[str, Case]:
             },
             keep=("scores",),
             gradients=False,
+            plain=plain_trie_topk_step,
         ),
     }
 
@@ -275,6 +282,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: fl
 
 WITHOUT_CASE = {
     "GraphedCall",
+    "LeafFilter",
     "TrieLevel",
     "build_trie",
     "describe_backend",

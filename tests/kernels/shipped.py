@@ -12,9 +12,10 @@ from unittest import mock
 import gin
 import torch
 
+import ops
 import train_decoder  # noqa: F401, registers what configs may say
 import train_rqvae  # noqa: F401
-from data.schemas import SeqBatch
+from data.schemas import ItemFilter, SeqBatch
 from modules.generation.beam import beam_search
 from modules.generation.trie import PrefixTrie
 from modules.kmeans import kmeans
@@ -31,6 +32,7 @@ REQUIRED = Macro("gin.REQUIRED")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BEAM_WIDTHS = (20, 50)
+WIDEST_BEAM = 1024
 WIDE_MODEL = 384
 """The second width that speed is promised for, beside the configs'."""
 NUM_ITEMS = 1000
@@ -61,6 +63,7 @@ def workloads() -> Iterator[Workload]:
                 f"training without dropout, d_model {config.d_model}, float32",
                 partial(train_step, plain, batch_size, torch.float32),
             )
+    yield Workload(f"trie step of {WIDEST_BEAM} beams", wide_trie_step)
     for config, batch_size in rqvae_models():
         for dtype in (torch.float32, torch.float16):
             yield Workload(f"RQ-VAE {config.input_dim}, {_name(dtype)}", partial(rqvae_step, config, batch_size, dtype))
@@ -116,9 +119,9 @@ def histories(num_rows: int) -> SeqBatch:
     return SeqBatch(torch.arange(num_items) % NUM_ITEMS, offsets, 20, users, targets)
 
 
-def semantic_ids() -> torch.Tensor:
-    """[NUM_ITEMS, 4] distinct codes."""
-    items = torch.arange(NUM_ITEMS)
+def semantic_ids(num_items: int = NUM_ITEMS) -> torch.Tensor:
+    """[num_items, 4] distinct codes."""
+    items = torch.arange(num_items)
     return torch.stack([items % 256, items // 256, items % 7, items % 11], dim=1)
 
 
@@ -143,13 +146,26 @@ def train_step(config: RetrievalModelConfig, batch_size: int, dtype: torch.dtype
 
 
 def generate(config: RetrievalModelConfig, dtype: torch.dtype) -> None:
-    """Beam search, of all items and of some."""
+    """Beam search of all items and of some, where items share tuples too."""
     model, tokenize = model_and_tokenizer(config)
-    trie, batch = PrefixTrie.from_semantic_ids(semantic_ids()), tokenize(histories(16))
-    some = trie.allowed_nodes(torch.ones(16, NUM_ITEMS, dtype=torch.bool))
+    batch = tokenize(histories(16))
+    trie = PrefixTrie.from_semantic_ids(semantic_ids())
     with _precision(dtype):
-        for beam_width, nodes in ((BEAM_WIDTHS[0], some), *((width, None) for width in BEAM_WIDTHS)):
-            beam_search(model.eval(), batch, trie, beam_width, nodes)
+        for beam_width in BEAM_WIDTHS:
+            beam_search(model.eval(), batch, trie, beam_width)
+        trie = PrefixTrie.from_semantic_ids(semantic_ids(NUM_ITEMS // 2).repeat(2, 1))
+        flags = torch.arange(NUM_ITEMS) % 3 > 0
+        for allowed, normalize in ((None, "level"), (flags, "level"), (flags, "children")):
+            item_filter = ItemFilter.unseen(histories(16), allowed)
+            beam_search(model, batch, trie, BEAM_WIDTHS[0], item_filter, normalize)
+
+
+def wide_trie_step() -> None:
+    """Selection in several rounds."""
+    (row_ptr, codes), *_ = PrefixTrie.from_semantic_ids(semantic_ids()).levels
+    logits = torch.zeros(1, WIDEST_BEAM, 256)
+    nodes = torch.full((1, WIDEST_BEAM), -1)
+    ops.trie_topk_step(logits, nodes, torch.zeros(1, WIDEST_BEAM), row_ptr, codes, beam_width=WIDEST_BEAM)
 
 
 def rqvae_step(config: RqVaeConfig, batch_size: int, dtype: torch.dtype) -> None:

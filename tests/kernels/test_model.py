@@ -15,6 +15,7 @@ from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer.sequence import SequenceTokenizer
 from ops.triton.library import NAMESPACE
+from tests.item_filters import filter_of
 from tests.kernels.gpu_paths import as_on_a_gpu
 from tests.kernels.harness import randn
 
@@ -110,16 +111,17 @@ def test_dropout_changes_with_every_step_and_not_with_the_seed_repeated(device):
 
 @pytest.mark.parametrize("paths", [nullcontext, as_on_a_gpu])
 @pytest.mark.parametrize("allowed", [False, True])
-def test_generation_finds_the_same_items(device, paths, allowed):
+@pytest.mark.parametrize("normalize", ["level", "children"])
+def test_generation_finds_the_same_items(device, paths, allowed, normalize):
     model, tokenize = model_and_tokenizer(device)
     trie = PrefixTrie.from_semantic_ids(semantic_ids()).to(device)
     flags = torch.rand(len(HISTORIES), 12, generator=torch.Generator().manual_seed(1)) < 0.6
-    nodes = trie.allowed_nodes(flags.to(device)) if allowed else None
+    item_filter = filter_of(flags, len(HISTORIES)).to(device) if allowed else None
     found = []
     for backend in ("torch", "triton"):
         with ops.use_backend(backend), paths():
             tokens = replace(tokenize(batch_of(device)), target_codes=None)
-            found.append(beam_search(model.eval(), tokens, trie, 4, nodes))
+            found.append(beam_search(model.eval(), tokens, trie, 4, item_filter, normalize))
     (expected_ids, expected_scores), (item_ids, scores) = found
     assert item_ids.tolist() == expected_ids.tolist()
     torch.testing.assert_close(scores, expected_scores, **TOLERANCE)

@@ -1,12 +1,23 @@
 """A tiny deterministic model with the interface that generation needs, and brute-force scoring with any such model."""
 
 import itertools
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from data.schemas import TokenizedSeqBatch
+
+
+@dataclass(eq=False)
+class PrefixState:
+    """Sums of the codes so far, [B, W, width], and how many there are."""
+
+    level: int
+    prefix: torch.Tensor
+
+    def fork(self):
+        return replace(self)
 
 
 class PrefixModel(nn.Module):
@@ -35,7 +46,7 @@ class PrefixModel(nn.Module):
         return sums / lengths.clamp(min=1)[:, None]
 
     def start(self, batch):
-        return SimpleNamespace(level=0, prefix=self._read(batch)[:, None])
+        return PrefixState(0, self._read(batch)[:, None])
 
     def step(self, state, codes, parents):
         if codes is not None:

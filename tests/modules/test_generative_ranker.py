@@ -1,4 +1,5 @@
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -6,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ops.graphs
-from data.schemas import InputError, SeqBatch
+from data.schemas import InputError, ItemFilter, SeqBatch
 from evaluation.ranker import Ranker, check_ranking
 from modules.generation.beam import beam_search
-from modules.generation.ranker import GenerativeRanker, _Query, last_items
+from modules.generation.ranker import GenerativeRanker, Query, last_items
 from modules.generation.trie import PrefixTrie
 from modules.tokenizer.sequence import SequenceTokenizer
+from tests.item_filters import filter_of
 from tests.modules.generation_fakes import all_log_likelihoods, random_semantic_ids
 from tests.modules.tiny_artifact import FixedTokenizer, tiny_model
 from tests.ops.recorders import TapeRecorder
@@ -89,7 +91,7 @@ def test_masks_hold_and_a_wide_beam_fills_from_them_as_brute_force_does(
     model, tokenizer, ranker = parts([11, *level_sizes], 60, seed, beam_width=beam_width, batch_size=3)
     num_items = tokenizer.num_items
     allowed = torch.rand(4 if per_row else 1, num_items, generator=torch.Generator().manual_seed(seed)) < share
-    item_ids, scores = ranker.rank(HISTORIES, k, allowed if per_row else allowed[0])
+    item_ids, scores = ranker.rank(HISTORIES, k, filter_of(allowed if per_row else allowed[0], 4))
     check_ranking("generative", item_ids, scores, num_rows=4, k=k, num_items=num_items)
     listed = item_ids >= 0
     assert torch.equal(listed.sum(1), allowed.expand(4, -1).sum(1).clamp(max=k))
@@ -110,7 +112,7 @@ def test_lists_are_filled_from_what_is_allowed(per_row, batch_size):
     allowed = torch.zeros(4, 40, dtype=torch.bool)
     allowed[:, [3, 30, 17]] = True
     allowed[2, 5] = per_row
-    item_ids, scores = ranker.rank(HISTORIES, 4, allowed if per_row else allowed[0])
+    item_ids, scores = ranker.rank(HISTORIES, 4, filter_of(allowed if per_row else allowed[0], 4))
     assert [sorted(row) for row in item_ids.tolist()] == [
         [-1, 3, 17, 30],
         [-1, 3, 17, 30],
@@ -208,12 +210,77 @@ def assert_same_ranking(got, expected):
     assert torch.equal(got[0][~near], expected[0][~near])
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    only=st.lists(st.booleans(), min_size=4, max_size=4),
+    flags=st.booleans(),
+    batch_size=st.integers(1, 5),
+    normalize=st.sampled_from(["level", "children"]),
+    seed=st.integers(0, 2**20),
+)
+def test_sets_and_flags_together_in_parts_of_any_size(only, flags, batch_size, normalize, seed):
+    model, tokenizer, wide = parts(seed=seed, batch_size=batch_size, beam_width=40, normalize=normalize)
+    generator = torch.Generator().manual_seed(seed)
+    sets = [torch.randint(40, (size,), generator=generator).tolist() for size in (0, 5, 60, 9)]
+    allowed = ItemFilter.from_lists(sets, only, torch.rand(40, generator=generator) < 0.6 if flags else None)
+    item_ids, scores = wide.rank(HISTORIES, 40, allowed)
+    full_ids, full_scores = GenerativeRanker(model, tokenizer, beam_width=40, normalize=normalize).rank(HISTORIES, 40)
+    for row, permitted in enumerate(allowed.flags(40)):
+        listed = item_ids[row][item_ids[row] >= 0]
+        assert sorted(listed.tolist()) == permitted.nonzero().flatten().tolist()
+        torch.testing.assert_close(
+            scores[row, : len(listed)], full_scores[row][permitted[full_ids[row]]], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_children_scores_are_probabilities_among_items():
+    *_, ranker = parts(normalize="children")
+    scores = ranker.rank(HISTORIES, 40)[1]
+    torch.testing.assert_close(scores.exp().sum(1), torch.ones(4))
+
+
+def test_an_unknown_normalisation_is_refused():
+    with pytest.raises(InputError, match="normalize to be 'level' or 'children', got 'none'"):
+        parts(normalize="none")
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_refreshed_ranker_ranks_as_a_new_one(request, recorded):
+    if recorded:
+        request.getfixturevalue("tape")
+    model, tokenizer, ranker = parts(num_items=30)
+    for _ in range(3):
+        ranker.rank(HISTORIES, 40)
+    grown = FixedTokenizer(random_semantic_ids(40, [5, 6, 3]), (5, 6, 3))
+    assert torch.equal(grown.semantic_ids[:30], tokenizer.semantic_ids)
+    grown.available = torch.arange(40) % 7 > 0
+    ranker.refresh(grown)
+    expected = GenerativeRanker(model, grown, cuda_graphs=False).rank(HISTORIES, 40)
+    for _ in range(3):
+        item_ids, scores = ranker.rank(HISTORIES, 40)
+        assert_same_ranking((item_ids, scores), expected)
+        assert sorted(item_ids[0].tolist()) == [-1] * 6 + grown.available.nonzero().flatten().tolist()
+
+
+def test_a_refused_refresh_changes_nothing():
+    _, tokenizer, ranker = parts()
+    expected = ranker.rank(HISTORIES, 10)
+    other = FixedTokenizer(random_semantic_ids(10, [5, 6, 4]), (5, 6, 4))
+    with pytest.raises(InputError, match="got 'text' codes of sizes"):
+        ranker.refresh(other)
+    tokenizer.available = torch.zeros(40, dtype=torch.bool)
+    with pytest.raises(InputError, match="at least one available item"):
+        ranker.refresh(tokenizer)
+    for one, other in zip(ranker.rank(HISTORIES, 10), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("kind", ["all", "some", "per row"])
 def test_filled_up_and_recorded_searches_rank_as_plain_ones(tape, kind):
     model, tokenizer, ranker = parts(batch_size=4, max_history=5, beam_width=6)
     plain = GenerativeRanker(model, tokenizer, batch_size=4, max_history=5, beam_width=6, cuda_graphs=False)
-    allowed = torch.rand(7, 40, generator=torch.Generator().manual_seed(1)) < 0.5
-    allowed = {"all": None, "some": allowed[0], "per row": allowed}[kind]
+    flags = torch.rand(7, 40, generator=torch.Generator().manual_seed(1)) < 0.5
+    allowed = {"all": None, "some": filter_of(flags[0], 7), "per row": filter_of(flags, 7)}[kind]
     for seed in range(4):
         # Parts of four and three rows, the second one filled up to four; empty rows, and one row with five items.
         histories = histories_of([1, 0, 2, 1, 5, 0, 3], seed)
@@ -243,6 +310,20 @@ def test_broken_weights_are_an_error_when_recorded_too(tape):
         ranker.rank(HISTORIES, 5)
 
 
+def test_a_history_that_breaks_the_model_is_found_in_any_part(tape):
+    """A replay overwrites what the one before found."""
+    model, tokenizer, ranker = parts(batch_size=1)
+    for _ in range(3):
+        ranker.rank(HISTORIES, 5)
+    with torch.no_grad():
+        token = int(model.vocabulary.level_offsets("text")[0] + tokenizer.semantic_ids[9, 0])
+        model.embedding.weight[token] = torch.nan
+    others = (tokenizer.semantic_ids[:, 0] != tokenizer.semantic_ids[9, 0]).nonzero().flatten().tolist()
+    with pytest.raises(InputError, match=r"at level 0 for 1 of 3 histories \(first: row 1\)"):
+        ranker.rank(SeqBatch.from_lists([[others[0]], [9], [others[1]]]), 5)
+    assert tape.log[-1] == "replay"
+
+
 def test_nothing_waits_for_the_device(tape):
     """The recorder fails on what would: then there is no replay."""
     model, tokenizer, _ = parts()
@@ -252,9 +333,21 @@ def test_nothing_waits_for_the_device(tape):
         tape.record(lambda: beam_search(model, tokens, trie, 5))  # looks for broken logits
 
 
+def test_last_items_without_a_wait_for_their_number(tape):
+    """As on a GPU: items that belong to no row may lie behind the last one."""
+    batch = SeqBatch.from_lists([[1, 2, 3, 4], [], [5], [6, 7, 8]])
+    expected = last_items(batch, 2)
+    with mock.patch("modules.generation.ranker._knows_values", return_value=False):
+        tape.record(lambda: last_items(batch, 2))
+        cut = last_items(batch, 2)
+    assert torch.equal(cut.offsets, expected.offsets)
+    assert torch.equal(cut.item_ids[: len(expected.item_ids)], expected.item_ids)
+    assert len(cut.item_ids) == 8
+
+
 @pytest.mark.parametrize(
     ("lengths", "rows", "items"), [([3], 1, 3), ([0], 1, 3), ([20] * 5, 8, 100), ([20] * 100, 100, 2000)]
 )
 def test_capacities(lengths, rows, items):
-    query = _Query(histories_of(lengths), None, 5).to_capacity(max_rows=100, max_history=20)
+    query = Query(histories_of(lengths), 5).to_capacity(max_rows=100, max_history=20)
     assert (len(query.histories), len(query.histories.item_ids), query.histories.max_len) == (rows, items, 20)

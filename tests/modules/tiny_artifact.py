@@ -18,6 +18,7 @@ class FixedTokenizer:
         self.semantic_ids = semantic_ids
         self.level_sizes = tuple(level_sizes)
         self.language = language
+        self.available = None
 
     @property
     def num_items(self):

@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ops
+from ops import LeafFilter
 from ops.cpu.trie_topk_step import trie_topk_step as cpu
 from ops.reference.trie_topk_step import trie_topk_step as reference
+from tests.ops.leaf_filters import leaf_filter_of, random_leaf_begins, random_leaf_filter, reachable
 
 HALVES = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
 ROW_PTR = torch.tensor([0, 2, 3, 6], dtype=torch.int32)
@@ -13,19 +15,23 @@ ROW_PTR = torch.tensor([0, 2, 3, 6], dtype=torch.int32)
 CODES = torch.tensor([0, 3, 2, 0, 1, 2], dtype=torch.int32)
 
 
-def brute_force(logits, nodes, scores, row_ptr, codes, width, allowed=None):
+def brute_force(logits, nodes, scores, row_ptr, codes, width, normalize="level", leaf_filter=None, leaf_begins=None):
     """Every candidate of every row in a Python list, sorted by (-score, edge); the best kept, in edge order."""
-    log_probabilities = logits.float() - logits.float().logsumexp(-1, keepdim=True)
+    begins = list(range(len(codes) + 1)) if leaf_begins is None else leaf_begins.tolist()
     lists = []
     for row in range(len(nodes)):
+        permitted = None if leaf_filter is None else reachable(leaf_filter, row, begins[-1])
         candidates = []
         for beam, node in enumerate(nodes[row].tolist()):
-            for edge in range(int(row_ptr[node]), int(row_ptr[node + 1])) if node >= 0 else ():
-                if allowed is None or bool(allowed[edge] if allowed.dim() == 1 else allowed[row, edge]):
+            edges = range(int(row_ptr[node]), int(row_ptr[node + 1])) if node >= 0 else ()
+            own = logits[row, beam].float()
+            over = {"level": own, "children": own[codes[edges.start : edges.stop].long()] if edges else own}
+            for edge in edges:
+                if permitted is None or permitted & set(range(begins[edge], begins[edge + 1])):
                     code = int(codes[edge])
-                    score = float(scores[row, beam] + log_probabilities[row, beam, code])
-                    candidates.append((-score, edge, beam, code))
-        best = sorted(candidates)[:width]
+                    value = own[code] if normalize == "none" else own[code] - over[normalize].logsumexp(0)
+                    candidates.append((-float(scores[row, beam] + value), edge, beam, code))
+        best = sorted(candidate for candidate in candidates if candidate[0] == candidate[0])[:width]
         lists.append(sorted((edge, beam, code, -negative) for negative, edge, beam, code in best))
     return lists
 
@@ -109,16 +115,51 @@ def test_a_child_of_zero_probability_is_still_a_child():
     assert scores.isneginf().all()
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_forbidden_nodes_are_never_chosen(per_row):
-    allowed = torch.tensor([False, True, False, True, True, False])
-    if per_row:
-        allowed = torch.stack([allowed, ~allowed])
-    nodes = torch.tensor([[0, 1, 2]]).repeat(2, 1)
-    *_, nodes, _ = ops.trie_topk_step(
-        torch.zeros(2, 3, 4), nodes, torch.zeros(2, 3), ROW_PTR, CODES, beam_width=4, node_allowed=allowed
+def test_children_normalisation_by_hand():
+    """After node 0 its children 0 (1/2) and 3 (1/8) share everything; after node 1 the only child has it."""
+    logits = torch.stack([HALVES, HALVES])[None]
+    nodes, scores = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]).log()
+    *_, found, scores = ops.trie_topk_step(logits, nodes, scores, ROW_PTR, CODES, beam_width=3, normalize="children")
+    assert found.tolist() == [[0, 1, 2]]
+    torch.testing.assert_close(scores.exp(), torch.tensor([[0.5 * 4 / 5, 0.5 * 1 / 5, 0.25]]))
+
+
+def test_without_normalisation_logits_are_added():
+    logits = torch.tensor([[[1.0, 9.0, 9.0, -3.0]]])
+    nodes, scores = torch.tensor([[0]]), torch.tensor([[0.5]])
+    *_, found, scores = ops.trie_topk_step(logits, nodes, scores, ROW_PTR, CODES, beam_width=2, normalize="none")
+    assert found.tolist() == [[0, 1]]
+    assert scores.tolist() == [[1.5, -2.5]]
+
+
+def test_a_filter_changes_no_score():
+    for normalize in ("level", "children"):
+        leaf_filter = leaf_filter_of([{0}], [False])
+        arguments = HALVES.view(1, 1, 4), torch.tensor([[0]]), torch.zeros(1, 1), ROW_PTR, CODES
+        *_, every = ops.trie_topk_step(*arguments, beam_width=2, normalize=normalize)
+        *_, found, some = ops.trie_topk_step(*arguments, beam_width=2, normalize=normalize, leaf_filter=leaf_filter)
+        assert found.tolist() == [[1, -1]]
+        assert some[0, 0] == every[0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_filtered_leaves_are_never_reached(dtype):
+    """Six children with two leaves each: 0 1, 2 3, ... Leaf 5 is for nobody."""
+    allowed = [leaf != 5 for leaf in range(12)]
+    sets = [{2, 3, 4, 10}, {2, 11}, set(), set()]  # all of child 1; with leaf 5, all of child 2; half of child 5
+    leaf_filter = leaf_filter_of(sets, [False, True, False, True], allowed, tail=2)
+    leaf_begins = torch.arange(7, dtype=torch.int32) * 2
+    *_, found, _ = ops.trie_topk_step(
+        torch.zeros(4, 3, 4),
+        torch.tensor([[0, 1, 2]]).repeat(4, 1),
+        torch.zeros(4, 3),
+        ROW_PTR,
+        CODES.to(dtype),
+        beam_width=6,
+        leaf_filter=leaf_filter,
+        leaf_begins=leaf_begins,
     )
-    assert nodes.tolist() == [[1, 3, 4, -1], [0, 2, 5, -1] if per_row else [1, 3, 4, -1]]
+    assert found.tolist() == [[0, 3, 4, 5, -1, -1], [1, 5, -1, -1, -1, -1], [0, 1, 2, 3, 4, 5], [-1] * 6]
 
 
 def random_case(num_nodes, num_codes, rows, beams, share, seed):
@@ -133,8 +174,7 @@ def random_case(num_nodes, num_codes, rows, beams, share, seed):
     nodes = torch.where(torch.arange(nodes.shape[1]) < lengths, nodes, -1)
     scores = torch.randn(nodes.shape, generator=generator).round()
     logits = torch.randint(0, 3, (*nodes.shape, num_codes), generator=generator).float()
-    allowed = torch.rand(rows, len(codes), generator=generator) < 0.7
-    return (logits, nodes, scores, row_ptr, codes), allowed
+    return logits, nodes, scores, row_ptr, codes
 
 
 def assert_equals_brute_force(got, expected):
@@ -147,13 +187,13 @@ def assert_equals_brute_force(got, expected):
 @pytest.mark.parametrize("width", [1, 5, 63, 400])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_brute_force(width, dtype):
-    (logits, *rest), allowed = random_case(40, 17, 7, 9, 0.4, seed=width)
-    for flags in (None, allowed, allowed[0]):
-        got = ops.trie_topk_step(logits.to(dtype), *rest, beam_width=width, node_allowed=flags)
-        assert_equals_brute_force(got, brute_force(logits.to(dtype), *rest, width, flags))
+    logits, *rest = random_case(40, 17, 7, 9, 0.4, seed=width)
+    for leaf_filter in (None, random_leaf_filter(7, len(rest[3]))):
+        got = ops.trie_topk_step(logits.to(dtype), *rest, beam_width=width, leaf_filter=leaf_filter)
+        assert_equals_brute_force(got, brute_force(logits.to(dtype), *rest, width, leaf_filter=leaf_filter))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     num_nodes=st.integers(1, 12),
     num_codes=st.integers(1, 9),
@@ -161,37 +201,57 @@ def test_equals_brute_force(width, dtype):
     beams=st.integers(1, 6),
     share=st.sampled_from([0.1, 0.5, 1.0]),
     width=st.integers(1, 60),
-    flags=st.sampled_from(["none", "all rows", "per row"]),
+    normalize=st.sampled_from(["level", "children", "none"]),
+    listed=st.sampled_from([None, 0.0, 0.3, 1.0]),
+    flags=st.booleans(),
+    edges_are_leaves=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_both_twins_equal_brute_force_and_each_other(num_nodes, num_codes, rows, beams, share, width, flags, seed):
-    arguments, allowed = random_case(num_nodes, num_codes, rows, beams, share, seed)
-    allowed = {"none": None, "all rows": allowed[0], "per row": allowed}[flags]
-    expected = brute_force(*arguments, width, allowed)
-    outputs = [twin(*arguments, width, allowed) for twin in (cpu, reference)]
+def test_both_twins_equal_brute_force_and_each_other(
+    num_nodes, num_codes, rows, beams, share, width, normalize, listed, flags, edges_are_leaves, seed
+):
+    logits, *rest = random_case(num_nodes, num_codes, rows, beams, share, seed)
+    if normalize == "children":  # exponentials without rounding, so that the order in which they are added is no matter
+        logits = torch.where(logits == 0, -torch.inf, 0.0)
+    leaf_begins = None if edges_are_leaves else random_leaf_begins(len(rest[3]), seed)
+    num_leaves = len(rest[3]) if leaf_begins is None else int(leaf_begins[-1])
+    leaf_filter = None if listed is None else random_leaf_filter(rows, num_leaves, share=listed, flags=flags, seed=seed)
+    arguments = (logits, *rest, width, normalize, leaf_filter, leaf_begins)
+    expected = brute_force(*arguments)
+    outputs = [twin(*arguments) for twin in (cpu, reference)]
     for output in outputs:
         assert_equals_brute_force(output, expected)
     for one, other in zip(*outputs, strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0 if normalize == "none" else 1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("width", [2, 8, 50])
-def test_scores_that_are_not_numbers_are_passed_over(value, width):
-    arguments, _ = random_case(8, 5, 3, 4, 0.6, seed=1)
-    arguments[0][0, 0, 2] = value
+@pytest.mark.parametrize("normalize", ["level", "children", "none"])
+def test_scores_that_are_not_numbers_are_passed_over(value, width, normalize):
+    arguments = random_case(8, 5, 3, 4, 0.6, seed=1)
+    arguments[0][0, :, 2] = value
     arguments[0][1] = value
-    for one, other in zip(cpu(*arguments, width), reference(*arguments, width), strict=True):
-        assert torch.equal(one, other)
-    assert not ops.trie_topk_step(*arguments, beam_width=width)[3].isnan().any()
+    for one, other in zip(cpu(*arguments, width, normalize), reference(*arguments, width, normalize), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert not ops.trie_topk_step(*arguments, beam_width=width, normalize=normalize)[3].isnan().any()
+
+
+@pytest.mark.parametrize("twin", [cpu, reference])
+def test_both_zeros_are_equal(twin):
+    logits, nodes = torch.tensor([[[-0.0, 0.0, -0.0, 0.0]]]), torch.tensor([[2]])
+    row_ptr, codes = torch.tensor([0, 0, 0, 4], dtype=torch.int32), torch.arange(4, dtype=torch.int16)
+    found = twin(logits, nodes, torch.full((1, 1), -0.0), row_ptr, codes, 2, "none")[2]
+    assert found.tolist() == [[0, 1]]
 
 
 def test_compiles_as_one_graph():
     """The reference, which a compiler gets."""
-    (logits, *rest), allowed = random_case(8, 5, 3, 4, 0.6, seed=1)
+    logits, *rest = random_case(8, 5, 3, 4, 0.6, seed=1)
+    leaf_filter = random_leaf_filter(3, len(rest[3]))
 
     def step(logits):
-        return ops.trie_topk_step(logits, *rest, beam_width=6, node_allowed=allowed)
+        return ops.trie_topk_step(logits, *rest, beam_width=6, normalize="children", leaf_filter=leaf_filter)
 
     for one, other in zip(torch.compile(step, fullgraph=True, backend="eager")(logits), step(logits), strict=True):
         torch.testing.assert_close(one, other)
@@ -227,8 +287,19 @@ def test_no_rows():
         ({"edge_codes": CODES[None]}, "edge_codes"),
         ({"beam_width": 0}, "beam_width and edges of at least 1, got 0 and 6"),
         ({"edge_codes": CODES[:0]}, "at least 1, got 2 and 0"),
-        ({"node_allowed": torch.ones(5, dtype=torch.bool)}, "node_allowed"),
-        ({"node_allowed": torch.ones(6)}, "node_allowed .*bool"),
+        ({"edge_codes": CODES.long()}, "int16 or int32 edge_codes, .*int64"),
+        ({"normalize": "softmax"}, "one of level, children, none, got 'softmax'"),
+        ({"leaf_begins": ROW_PTR}, r"leaf_begins as int32 \[7\], got \[4\] int32"),
+        ({"leaf_filter": leaf_filter_of([{0}, {1}], [True, True])}, r"leaf_filter.offsets of shape \[2\] for 1 rows"),
+        ({"leaf_filter": leaf_filter_of([{0}], [True, True])}, r"leaf_filter.only of shape \[1\] for 1 rows"),
+        (
+            {"leaf_filter": LeafFilter(torch.tensor([0, 1]).int(), torch.tensor([0]), torch.tensor([True]))},
+            "leaf_filter.leaves of one dimension and torch.int32, got .*int64",
+        ),
+        (
+            {"leaf_filter": LeafFilter(torch.tensor([0, 2]).int(), torch.tensor([0]).int(), torch.tensor([True]))},
+            "leaf_filter.offsets rising from 0 to at most the 1 packed",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message):
