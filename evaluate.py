@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help is quick
     from data.processed import DatasetConfig, PreparedDataset
     from data.schemas import Ranges, Split
     from evaluation.ranker import Ranker
+    from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +151,7 @@ def evaluate(args: argparse.Namespace) -> int:
     for option, path in (("--json", args.json), ("--ranks", args.ranks)):
         check_writable(path, option)
     artifact = load_model_artifact(args.artifact, device=usable_device(args.device))
+    check_catalogue_unchanged(artifact.tokenizer)
     ranker = artifact.make_ranker(beam_width=args.beam_width, batch_size=args.batch_size)
     config = dataset_config(artifact.manifest, root=args.dataset_root, raw_dir=args.raw_dir)
     dataset = matching_dataset(config, artifact.manifest)
@@ -219,6 +221,18 @@ def usable_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"--device {name} cannot be used: {reason}. Try --device cpu.") from error
+
+
+def check_catalogue_unchanged(tokenizer: SemanticIdTokenizer) -> None:
+    """InputError where items were added or removed since training: the data set has neither."""
+    from data.schemas import InputError
+
+    if tokenizer.catalogue_version > 1:
+        raise InputError(
+            f"the artifact's catalogue was changed after training (version {tokenizer.catalogue_version}, "
+            f"{tokenizer.num_items} items), so its lists cannot be compared on the data set that it was trained on. "
+            "Evaluate the artifact as training wrote it."
+        )
 
 
 def dataset_config(manifest: dict[str, Any], *, root: str | None, raw_dir: str | None) -> DatasetConfig:

@@ -2,8 +2,8 @@
 
 config.json         system, model config, ranker settings
 model.safetensors   weights
-tokenizer/          the tokenizer artifact that the model was trained with
-manifest.json       format version, file hashes, the tokenizer's content hash, and where the model came from
+tokenizer/          the tokenizer artifact that the model was trained with, or a later version of its catalogue
+manifest.json       format version, file hashes, hash of the tokenizer trained with, and where the model came from
 """
 
 from collections.abc import Callable, Mapping
@@ -63,7 +63,7 @@ class ModelArtifact:
     Attributes:
         system: name in SYSTEMS.
         model: in evaluation mode.
-        tokenizer: the one that the model was trained with.
+        tokenizer: the one that the model was trained with, or a later version of its catalogue.
         ranker_settings: keywords for the system's ranker, as saved.
         manifest: content of manifest.json.
     """
@@ -79,6 +79,25 @@ class ModelArtifact:
         given = {name: value for name, value in overrides.items() if value is not None}
         return SYSTEMS[self.system].ranker_class(self.model, self.tokenizer, **{**self.ranker_settings, **given})
 
+    def save(self, folder: Path | str) -> None:
+        """Write the artifact, whole or not at all; an older one at that place is replaced.
+
+        After a change of the catalogue: `dataclasses.replace(artifact, tokenizer=changed).save(folder)`.
+
+        Raises:
+            InputError: if the tokenizer is no version of the one that the model was trained with, something else is
+                there, or the place cannot be written.
+        """
+        save_model_artifact(
+            folder,
+            self.model,
+            self.tokenizer,
+            self.manifest,
+            ranker_settings=self.ranker_settings,
+            system=self.system,
+            tokenizer_hash=self.manifest["tokenizer_hash"],
+        )
+
 
 def save_model_artifact(
     folder: Path | str,
@@ -88,20 +107,25 @@ def save_model_artifact(
     *,
     ranker_settings: Mapping[str, Any],
     system: str = "retrieval",
+    tokenizer_hash: str | None = None,
 ) -> None:
     """Write a model artifact, whole or not at all; an older one at that place is replaced.
 
     Args:
         folder: where to.
         model: of the system's class, not wrapped, with its config as `model.config`.
-        tokenizer: the one that the model was trained with.
+        tokenizer: the one that the model was trained with, or a later version of its catalogue.
         manifest_extra: where the model came from: dataset request, dataset manifest hash, commit, versions.
         ranker_settings: keywords for the system's ranker, such as beam_width and max_history.
         system: name in SYSTEMS.
+        tokenizer_hash: content hash of the tokenizer that the model was trained with; None says that it is this one.
 
     Raises:
-        InputError: if something else is there, or the place cannot be written.
+        InputError: if the tokenizer is no version of the one trained with, something else is there, or the place
+            cannot be written.
     """
+    tokenizer_hash = tokenizer.content_hash if tokenizer_hash is None else tokenizer_hash
+    _check_trained_with(tokenizer, tokenizer_hash, "the tokenizer to be saved")
     config = {"system": system, "model": _config_of(model).to_dict(), "ranker": dict(ranker_settings)}
 
     def write(temporary: Path) -> None:
@@ -112,7 +136,7 @@ def save_model_artifact(
             **manifest_extra,
             "kind": KIND,
             "format_version": FORMAT_VERSION,
-            "tokenizer_hash": tokenizer.content_hash,
+            "tokenizer_hash": tokenizer_hash,
             "files": file_hashes(temporary, (CONFIG, WEIGHTS)),
         }
         write_json(temporary / MANIFEST, manifest)
@@ -134,14 +158,18 @@ def load_model_artifact(folder_or_hub_id: Path | str, *, device: torch.device | 
     folder = _artifact_folder(resolve_folder(folder_or_hub_id))
     manifest = read_manifest(folder, KIND, FORMAT_VERSION, (CONFIG, WEIGHTS))
     tokenizer = SemanticIdTokenizer.from_pretrained(_tokenizer_folder(folder))
-    if tokenizer.content_hash != manifest.get("tokenizer_hash"):
-        raise InputError(
-            f"{folder / TOKENIZER} is not the tokenizer that this model was trained with: expected content hash "
-            f"{manifest.get('tokenizer_hash')}, got {tokenizer.content_hash}. Put the model's own tokenizer back."
-        )
+    _check_trained_with(tokenizer, manifest.get("tokenizer_hash"), folder / TOKENIZER)
     config = read_json(folder / CONFIG)
     model = _moved(_build_model(folder, config), device).eval()
     return ModelArtifact(config["system"], model, tokenizer, dict(config.get("ranker", {})), manifest)
+
+
+def _check_trained_with(tokenizer: SemanticIdTokenizer, tokenizer_hash: Any, place: object) -> None:
+    if not tokenizer.is_version_of(tokenizer_hash):
+        raise InputError(
+            f"{place} is not the tokenizer that this model was trained with: expected content hash {tokenizer_hash}, "
+            f"got {tokenizer.content_hash}, nor a later version of its catalogue. Put the model's own tokenizer back."
+        )
 
 
 def _artifact_folder(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import evaluate
 from data.processed import DatasetConfig, RecDataset, TablesConfig, find_prepared, load_dataset
 from data.schemas import InputError
 from evaluation.metrics import METRICS
-from modules.artifact import save_model_artifact
+from modules.artifact import load_model_artifact, save_model_artifact
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from tests.tiny_dataset import MODEL_SIZES, NUM_COLD_TEST, NUM_USERS, random_tokenizer, walks, write_interactions
 
@@ -100,6 +100,14 @@ def test_another_dataset_is_refused(run_folder, tmp_path):
     manifest = {"dataset": config.to_dict(), "dataset_manifest_hash": "0" * 64}
     with pytest.raises(InputError, match=r"not the dataset that the model was trained on.*--dataset-root"):
         evaluate.matching_dataset(evaluate.dataset_config(manifest, root=None, raw_dir=None), manifest)
+
+
+def test_a_catalogue_that_was_changed_after_training_is_refused(run_folder, tmp_path, capsys):
+    artifact = load_model_artifact(run_folder)
+    removed = artifact.tokenizer.without_items(artifact.tokenizer.catalogue.item_keys[:1])
+    replace(artifact, tokenizer=removed).save(tmp_path / "model")
+    assert evaluate.main([str(tmp_path / "model")]) == 2
+    assert "catalogue was changed after training (version 2" in capsys.readouterr().err
 
 
 def test_dataset_config_from_a_manifest():

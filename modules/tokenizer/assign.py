@@ -1,6 +1,6 @@
 """Codes of many items: their features pass a frozen RQ-VAE in blocks, and stay where they are stored until then."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +35,7 @@ def assign_codes(
     *,
     encoder_dtype: torch.dtype = torch.float32,
     precision: str = "ieee",
+    item_keys: Sequence[str] | None = None,
 ) -> Tensor:
     """Codes of every row, the same for a row whatever rows surround it, and under autocast.
 
@@ -45,6 +46,7 @@ def assign_codes(
         features: [N, input_dim].
         encoder_dtype: float32, or float16 or bfloat16 for an encoder under autocast; distances are fp32 in any case.
         precision: of the distances' products, see `ops.residual_quantize`.
+        item_keys: of the rows, to be named in errors.
 
     Returns:
         [N, L] int64 on the RQ-VAE's device.
@@ -65,7 +67,7 @@ def assign_codes(
         with torch.autocast(device.type, dtype=encoder_dtype if half else None, enabled=half):
             found = rqvae.semantic_ids(full if half else full.float(), precision=precision)
         codes[begin:end] = found[: len(block)]
-    _check_finite(features, finite)
+    _check_finite(features, finite, item_keys)
     return codes
 
 
@@ -109,10 +111,12 @@ def _to_tensor(block: Any) -> Tensor:
     return torch.from_numpy(np.array(block, dtype=np.float16 if block.dtype == np.float16 else np.float32))
 
 
-def _check_finite(features: FeatureMatrix, finite: Tensor) -> None:
+def _check_finite(features: FeatureMatrix, finite: Tensor, item_keys: Sequence[str] | None) -> None:
     """Refuse NaN and infinity; `finite` is false where a row's sum is not, which large values bring about too."""
     for row in (~finite).nonzero()[:, 0].tolist():
         if not bool(_to_tensor(features[row : row + 1]).isfinite().all()):
+            item = "" if item_keys is None else f" (item {item_keys[row]!r})"
             raise InputError(
-                f"item features expected finite values, got NaN or infinity in row {row}. Rebuild the item features."
+                f"item features expected finite values, got NaN or infinity in row {row}{item}. "
+                "Rebuild the item features."
             )

@@ -6,13 +6,16 @@ from typing import Any
 from modules.tokenizer.collisions import CodebookHealth
 
 
-def model_card(config: dict[str, Any], manifest: dict[str, Any], health: CodebookHealth) -> str:
+def model_card(
+    config: dict[str, Any], manifest: dict[str, Any], health: CodebookHealth, *, num_removed: int = 0
+) -> str:
     """Markdown with what a person wants to know before using the tokenizer.
 
     Args:
         config: as in config.json.
         manifest: where features and data came from, and further metrics.
         health: of the ids of all items, without dedup code.
+        num_removed: how many of the items are removed.
     """
     ((language, settings),) = config["languages"].items()
     rqvae = settings["rqvae"]
@@ -21,7 +24,10 @@ def model_card(config: dict[str, Any], manifest: dict[str, Any], health: Codeboo
         for level, size in enumerate(health.codebook_sizes)
     )
     own = health.as_metrics()
-    extra = "\n".join(f"- {name}: {value:g}" for name, value in manifest["metrics"].items() if name not in own)
+    notes = [f"{name}: {value:g}" for name, value in manifest["metrics"].items() if name not in own]
+    if (version := manifest.get("catalogue_version", 1)) > 1:
+        notes.append(f"version {version} of the catalogue; items removed since the first: {num_removed:,}")
+    extra = "\n".join(f"- {note}" for note in notes)
     return f"""---
 tags:
 - semantic-ids
@@ -54,6 +60,7 @@ from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
 tokenizer = SemanticIdTokenizer.from_pretrained("folder or Hub id")
 tokenizer.semantic_ids  # [N, L], the last column is the dedup code
-tokenizer.encode(features)  # codes of new items
+tokenizer.encode(features)  # codes of any items
+tokenizer.with_items(item_keys, features)  # a larger catalogue; what it has keeps its ids
 ```
 """

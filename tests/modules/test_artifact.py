@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,43 @@ def test_another_tokenizer_is_refused(tmp_path):
     tiny_tokenizer(seed=1).save_pretrained(tmp_path / "model" / "tokenizer")
     with pytest.raises(InputError, match="not the tokenizer that this model was trained with: expected content hash"):
         load_model_artifact(tmp_path / "model")
+
+
+def test_a_model_accepts_later_versions_of_its_catalogue(tmp_path):
+    artifact = save_tiny_artifact(tmp_path / "model")
+    grown = artifact.tokenizer.with_items(["new"], torch.zeros(1, 6)).without_items(["item-3"])
+    grown.save_pretrained(tmp_path / "model" / "tokenizer")
+    loaded = load_model_artifact(tmp_path / "model")
+    assert loaded.tokenizer.content_hash == grown.content_hash
+    assert loaded.manifest["tokenizer_hash"] == artifact.tokenizer.content_hash
+
+
+def test_saving_keeps_the_hash_that_the_model_was_trained_with(tmp_path):
+    artifact = save_tiny_artifact(tmp_path / "model")
+    grown = replace(artifact, tokenizer=artifact.tokenizer.with_items(["new"], torch.zeros(1, 6)))
+    grown.save(tmp_path / "model")
+    loaded = load_model_artifact(tmp_path / "model")
+    assert loaded.tokenizer.num_items == artifact.tokenizer.num_items + 1
+    for name in ("tokenizer_hash", "dataset", "commit", "files"):
+        assert loaded.manifest[name] == artifact.manifest[name]
+    assert (loaded.system, loaded.ranker_settings) == (artifact.system, artifact.ranker_settings)
+    assert set(loaded.make_ranker().rank(SeqBatch.from_lists([[0, 3]]), 13)[0][0].tolist()) == set(range(13))
+    again = replace(loaded, tokenizer=loaded.tokenizer.with_items(["newer"], torch.ones(1, 6)))
+    again.save(tmp_path / "other")
+    assert load_model_artifact(tmp_path / "other").tokenizer.catalogue_version == 3
+
+
+def test_unrelated_and_earlier_tokenizers_are_not_saved(tmp_path):
+    artifact = save_tiny_artifact(tmp_path / "model")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="to be saved is not the tokenizer that this model was trained with"):
+        replace(artifact, tokenizer=tiny_tokenizer(seed=1)).save(tmp_path / "model")
+    assert contents(tmp_path) == before
+    grown = artifact.tokenizer.with_items(["new"], torch.zeros(1, 6))
+    save_model_artifact(tmp_path / "grown", artifact.model, grown, {}, ranker_settings=RANKER_SETTINGS)
+    artifact.tokenizer.save_pretrained(tmp_path / "grown" / "tokenizer")
+    with pytest.raises(InputError, match="nor a later version of its catalogue"):
+        load_model_artifact(tmp_path / "grown")
 
 
 def test_newer_format(tmp_path):

@@ -1,8 +1,16 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.schemas import InputError
-from modules.tokenizer.collisions import check_codes, check_dedup_capacity, dedup_capacity, dedup_codes
+from modules.tokenizer.collisions import (
+    check_codes,
+    check_dedup_capacity,
+    dedup_capacity,
+    dedup_codes,
+    joining_dedup_codes,
+)
 
 CODES = torch.tensor([[1, 2], [0, 5], [1, 2], [1, 3], [1, 2], [0, 5]])
 
@@ -55,3 +63,26 @@ def test_overflow_names_the_item_and_the_remedy():
 def test_codes_outside_their_level_are_refused(codes, message):
     with pytest.raises(InputError, match=message):
         check_codes(codes, (4, 4))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 2, 3, 5, 70_000]), min_size=1, max_size=4),
+    num_items=st.integers(1, 60),
+    num_joining=st.integers(0, 20),
+    seed=st.integers(0, 9),
+)
+def test_joining_items_get_the_codes_that_a_count_of_all_gives(sizes, num_items, num_joining, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = num_items + num_joining
+    codes = torch.stack([torch.randint(size, (rows,), generator=generator) for size in sizes], dim=1)
+    whole = dedup_codes(codes)
+    catalogue = torch.cat([codes, whole[:, None]], dim=1)[:num_items]
+    assert torch.equal(joining_dedup_codes(catalogue, codes[num_items:], sizes), whole[num_items:])
+
+
+def test_joining_items_follow_the_largest_dedup_code():
+    """Also where earlier dedup codes have gaps."""
+    catalogue = torch.tensor([[1, 2, 5], [0, 0, 0], [1, 2, 1]])
+    joining = torch.tensor([[1, 2], [1, 3], [0, 0], [1, 2]])
+    assert joining_dedup_codes(catalogue, joining, (2, 4)).tolist() == [6, 0, 1, 7]
