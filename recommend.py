@@ -2,53 +2,38 @@
 
     python recommend.py runs/demo --history item-12 item-48
     python recommend.py runs/beauty --input histories.jsonl --output recommended.jsonl --format json --top-k 20
+    torchrun --nproc_per_node 4 recommend.py runs/beauty --input histories.jsonl --output recommended.jsonl
 
 One line of the input is {"user": ..., "history": [item_key, ...]}, oldest item first; one line of the JSON output is
 {"user": ..., "items": [{"item_key": ..., "score": ..., "title": ...}, ...]}. The user, if any, is the data source's own
 key, which models with a user token read. Lines that cannot be used are reported with their number, the rest goes on,
 and the exit code is 2.
+
+A run with --input and --output that was stopped or killed goes on where it was when it is started again with the same
+arguments, and the output is the same as if nothing had happened; it appears under its name when it is whole. Several
+processes share the work, and write what one would have written.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any
 
 from evaluate import check_writable, positive_int
 
-if TYPE_CHECKING:
-    from modules.recommender import Recommendation, Recommender
+if TYPE_CHECKING:  # torch is imported where it is used, so that --help is quick
+    from serving.answers import Answerer
+    from serving.parts import Part, Tally
+    from serving.processes import Share, Watch
 
-MAX_SHOWN_PROBLEMS = 10
-TITLE_WIDTH = 60
-
-
-@dataclass(frozen=True)
-class Request:
-    """One user's history, with whatever the input named the user, and the line it came from."""
-
-    user: Any
-    history: list[str]
-    line: int = 0
-
-    def user_key(self) -> str | None:
-        """The user as the prepared dataset names users: as text; None where there is none."""
-        return str(self.user) if isinstance(self.user, str | int) else None
-
-
-class Problem(NamedTuple):
-    """A line of the input that cannot be used."""
-
-    line: int
-    message: str
+MAX_SHOWN_WARNINGS = 10
 
 
 def main(argv: list[str]) -> int:
@@ -57,29 +42,9 @@ def main(argv: list[str]) -> int:
         args = parse_arguments(argv)
     except SystemExit as leaving:  # argparse has printed its help or message
         return leaving.code if isinstance(leaving.code, int) else 2
-    from training.cli import run_cli  # torch is imported from here on, so that --help is quick
+    from training.cli import run_cli
 
     return run_cli(lambda _: recommend(args), argv)
-
-
-def recommend(args: argparse.Namespace) -> int:
-    """Read the histories, rank, and write; returns the exit code."""
-    from modules.recommender import Recommender
-
-    check_writable(args.output, "--output")
-    requests, problems = ([Request(None, args.history)], []) if args.input is None else read_requests(args.input)
-    with plain_warnings():
-        recommender = Recommender.from_pretrained(
-            args.artifact, device=args.device, beam_width=args.beam_width, batch_size=args.batch_size
-        )
-        if args.input is not None:
-            requests, problems = usable_requests(requests, problems, recommender)
-            report_problems(args.input, problems, num_usable=len(requests))
-        write = write_json if args.format == "json" else write_table
-        with destination(args.output) as stream:
-            for request, items in recommend_all(recommender, requests, args):
-                write(stream, recommender, request, items)
-    return 2 if problems else 0
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -94,146 +59,209 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-k", type=positive_int, default=10, metavar="K", help="items per history (10)")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="table for people (the default)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write here instead of to the terminal")
+    parser.add_argument("--restart", action="store_true", help="forget what a stopped run had written of the output")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out the items of the history itself")
+    parser.add_argument("--allow", type=Path, metavar="FILE", help="recommend only these items, one key per line")
+    parser.add_argument("--deny", type=Path, metavar="FILE", help="recommend none of these items, one key per line")
     parser.add_argument("--beam-width", type=positive_int, metavar="W", help="beams per history (the artifact's own)")
-    parser.add_argument("--batch-size", type=positive_int, default=256, metavar="B", help="histories at once (256)")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=256, metavar="B", help="lines read and ranked at once (256)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     return parser.parse_args(argv)
 
 
-def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
-    """The requests of a file of JSON lines, and the lines that are none; blank lines are passed over."""
-    from data.schemas import InputError
+def recommend(args: argparse.Namespace) -> int:
+    """Check what is asked for, load the model, rank and write; returns the exit code."""
+    from modules.recommender import Recommender
+    from serving.answers import Answerer
+    from serving.jsonl import check_input, read_item_keys
+    from serving.processes import LostProcessError, Share
 
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. Give a file of JSON lines.") from error
-    requests, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    share = Share.of(os.environ)
+    check_writable(args.output, "--output")
+    check_input(args.input, read_again=args.output is not None)
+    check_processes(share, args)
+    allow, deny = read_item_keys(args.allow), read_item_keys(args.deny)
+    with plain_warnings():
+        recommender = Recommender.from_pretrained(
+            args.artifact, device=own_device(args, share), beam_width=args.beam_width, batch_size=args.batch_size
+        )
+        answerer = Answerer(recommender, args.top_k, args.format, args.exclude_seen, allow, deny)
+        if args.input is None:
+            return answer_history(answerer, args)
+        if args.output is None:
+            return answer_to_terminal(answerer, args)
         try:
-            requests.append(parse_request(line, number))
-        except ValueError as error:
-            problems.append(Problem(number, str(error)))
-    return requests, problems
+            return answer_in_parts(answerer, args, share)
+        except LostProcessError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
 
 
-def parse_request(line: bytes, number: int) -> Request:
-    """One line of the input; ValueError when it is something else."""
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    history = content.get("history") if isinstance(content, dict) else None
-    if not isinstance(history, list) or not all(isinstance(key, str) for key in history):
-        raise ValueError('expected {"user": ..., "history": [item keys as strings, ...]}')
-    return Request(content.get("user"), history, number)
-
-
-def usable_requests(
-    requests: list[Request], problems: list[Problem], recommender: Recommender
-) -> tuple[list[Request], list[Problem]]:
-    """Requests whose history has a known item, and the problems with those of the others, in line order."""
-    usable, problems = [], list(problems)
-    for request in requests:
-        if any(key in recommender for key in request.history):
-            usable.append(request)
-        else:
-            what = "no item of the history is in the catalogue" if request.history else "the history is empty"
-            problems.append(Problem(request.line, what))
-    return usable, sorted(problems)
-
-
-def report_problems(path: Path, problems: list[Problem], *, num_usable: int) -> None:
-    """Name the lines that cannot be used on stderr, the first few of many; InputError when no line can be."""
+def check_processes(share: Share, args: argparse.Namespace) -> None:
+    """InputError where several processes have nothing to share, or nowhere to put it."""
     from data.schemas import InputError
 
-    for problem in problems[:MAX_SHOWN_PROBLEMS]:
+    if share.num_processes > 1 and (args.input is None or args.output is None):
+        raise InputError("several processes share the lines of --input and write --output; give both, or one process.")
+
+
+def own_device(args: argparse.Namespace, share: Share) -> str | None:
+    """The named device; without a name each of several processes takes a GPU of its own while there are any."""
+    import torch
+
+    if args.device is not None or share.num_processes == 1 or not torch.cuda.is_available():
+        return args.device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', share.rank)) % torch.cuda.device_count()}"
+
+
+def answer_history(answerer: Answerer, args: argparse.Namespace) -> int:
+    """The one history of the command line, to the terminal or to a file."""
+    from data.files import replace_file
+    from serving.jsonl import Request
+
+    text = answerer.answer([Request(None, args.history)])
+    if args.output is None:
+        print(text, end="")
+        return 0
+    with writing(args.output, "Choose another --output."):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(args.output, text)
+    return 0
+
+
+def answer_to_terminal(answerer: Answerer, args: argparse.Namespace) -> int:
+    """The histories of a file, as they come."""
+    from serving.jsonl import read_blocks, with_progress
+    from serving.parts import Tally
+
+    tally, began = Tally(), time.monotonic()
+    with args.input.open("rb") as stream:
+        for block in with_progress(read_blocks(stream, args.batch_size), stream):
+            answer = answerer.answer_block(block)
+            print(answer.text, end="", flush=True)
+            tally.add(answer.num_histories, len(answer.problems), answer.problems)
+    return report(args.input, tally, tally.num_histories, time.monotonic() - began)
+
+
+def answer_in_parts(answerer: Answerer, args: argparse.Namespace, share: Share) -> int:
+    """The histories of a file into another file, from where an earlier run has come to."""
+    from serving.parts import open_part
+    from serving.processes import Watch, merge, wait_for_merge
+
+    began, asked_for = time.monotonic(), identity(answerer, args, share)
+    with (
+        writing(args.output, "Mend that, and run the same again to go on."),
+        open_part(args.output, share.rank, asked_for, restart=args.restart) as part,
+    ):
+        watch = Watch(part, share)
+        answer_own_blocks(answerer, args, part, watch)
+        if share.rank > 0:
+            wait_for_merge(part, watch)
+            return 0
+        merged, tally, num_ranked = merge(part, watch)
+        if tally.num_histories == 0:
+            part.discard()
+        else:
+            part.publish(merged)
+    return report(args.input, tally, num_ranked, time.monotonic() - began)
+
+
+def answer_own_blocks(answerer: Answerer, args: argparse.Namespace, part: Part, watch: Watch) -> None:
+    """Write the blocks of this process that its part does not have yet."""
+    from serving.jsonl import read_blocks, with_progress
+
+    num_blocks, share = 0, watch.share
+    with args.input.open("rb") as stream:
+        if part.last is not None:
+            num_blocks = part.last.index + 1
+            stream.seek(part.last.input_end)
+            if share.rank == 0:
+                print(f"going on behind line {num_blocks * args.batch_size:,} of {args.input}", file=sys.stderr)
+        blocks = read_blocks(stream, args.batch_size, first=num_blocks)
+        for block in with_progress(blocks, stream, shown=share.rank == 0):
+            num_blocks = block.index + 1
+            watch.look()
+            if share.owns(block.index):
+                part.append(block.index, block.end, answerer.answer_block(block))
+    part.finish(num_blocks)
+
+
+def identity(answerer: Answerer, args: argparse.Namespace, share: Share) -> dict[str, Any]:
+    """All that an output depends on; a run that is asked for anything else does not go on with its beginning."""
+    from data.files import file_sha256, json_sha256
+
+    artifact = answerer.recommender.artifact
+    assert artifact is not None  # from_pretrained
+    tokenizer = artifact.tokenizer
+    catalogue = json_sha256([tokenizer.content_hash, tokenizer.catalogue.titles])
+    return {
+        "input": file_sha256(args.input),
+        "model": json_sha256(artifact.manifest),
+        "catalogue": catalogue,
+        "top_k": args.top_k,
+        "format": args.format,
+        "exclude_seen": args.exclude_seen,
+        "allow": None if args.allow is None else file_sha256(args.allow),
+        "deny": None if args.deny is None else file_sha256(args.deny),
+        "beam_width": args.beam_width,
+        "batch_size": args.batch_size,
+        "device": next(artifact.model.parameters()).device.type,
+        "num_processes": share.num_processes,
+    }
+
+
+def report(path: Path, tally: Tally, num_ranked: int, seconds: float) -> int:
+    """Say on stderr which lines cannot be used and how fast it went; returns the exit code.
+
+    Raises:
+        InputError: if no line can be used.
+    """
+    from data.schemas import InputError
+
+    for problem in tally.problems:
         print(f"{path}:{problem.line}: {problem.message}", file=sys.stderr)
-    if num_usable == 0:
+    if tally.num_histories == 0:
         raise InputError(f"{path} has no line that can be used. Nothing was written.")
-    if problems:
-        print(f"{path}: skipped {len(problems)} of {len(problems) + num_usable} lines", file=sys.stderr)
-
-
-def recommend_all(
-    recommender: Recommender, requests: list[Request], args: argparse.Namespace
-) -> Iterator[tuple[Request, list[Recommendation]]]:
-    """Every request with its list, in batches, with a progress bar when someone watches and there are several."""
-    from tqdm import tqdm
-
-    several = len(requests) > args.batch_size
-    with tqdm(total=len(requests), unit="users", disable=None if several else True) as bar:
-        for begin in range(0, len(requests), args.batch_size):
-            batch = requests[begin : begin + args.batch_size]
-            lists = recommender.recommend(
-                [request.history for request in batch],
-                args.top_k,
-                users=[request.user_key() for request in batch],
-                exclude_seen=args.exclude_seen,
-            )
-            yield from zip(batch, lists, strict=True)
-            bar.update(len(batch))
-
-
-def write_json(stream: TextIO, _: Recommender, request: Request, items: list[Recommendation]) -> None:
-    """One line of JSON."""
-    content = {"user": request.user, "items": [asdict(item) for item in items]}
-    stream.write(json.dumps(content, ensure_ascii=False) + "\n")
-
-
-def write_table(stream: TextIO, recommender: Recommender, request: Request, items: list[Recommendation]) -> None:
-    """The history by title, then the ranked items."""
-    if request.user is not None:
-        stream.write(f"User {request.user}\n")
-    stream.write("History, oldest first\n")
-    for key in request.history:
-        if key in recommender:
-            stream.write(f"      {shortened(recommender.display_name(key)):{TITLE_WIDTH}}  {key}\n")
-    width = max((len(item.item_key) for item in items), default=0)
-    stream.write("Recommended\n")
-    for rank, item in enumerate(items, start=1):
-        title = shortened(item.title or item.item_key)
-        stream.write(f"{rank:4}. {title:{TITLE_WIDTH}}  {item.item_key:{width}}  {item.score:9.4f}\n")
-    stream.write("\n")
-
-
-def shortened(title: str) -> str:
-    """A title that fits its column."""
-    title = " ".join(title.split())
-    return title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 3] + "..."
+    if tally.num_problems:
+        num_lines = tally.num_problems + tally.num_histories
+        print(f"{path}: skipped {tally.num_problems:,} of {num_lines:,} lines", file=sys.stderr)
+    earlier = tally.num_histories - num_ranked
+    print(
+        f"{num_ranked:,} histories in {seconds:.1f} s, {num_ranked / max(seconds, 1e-9):,.1f} histories/s"
+        + (f"; {earlier:,} were there already" if earlier else ""),
+        file=sys.stderr,
+    )
+    return 2 if tally.num_problems else 0
 
 
 @contextmanager
-def destination(path: Path | None) -> Iterator[TextIO]:
-    """The terminal, or a file that appears under its name only when it is whole."""
-    if path is None:
-        yield sys.stdout
-        return
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """What goes wrong on the disk meanwhile as an InputError that names the output and ends in advice."""
     from data.files import disk_problem
     from data.schemas import InputError
 
-    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as stream:
-            yield stream
-        temporary.replace(path)
+        yield
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {disk_problem(error) or error.strerror}. Choose another --output."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        reason = disk_problem(error) or error.strerror or error
+        raise InputError(f"cannot write {path}: {reason}. {advice}") from error
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Warnings as one line each on stderr, without the line of code that gave them."""
-    show: Callable[..., None] = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)  # noqa: E731
+    """Warnings as one line each on stderr, without the line of code that gave them, the first few of many."""
+    count = 0
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        nonlocal count
+        count += 1
+        if count <= MAX_SHOWN_WARNINGS:
+            print(f"warning: {message}", file=sys.stderr)
+        elif count == MAX_SHOWN_WARNINGS + 1:
+            print("warning: more warnings are not shown", file=sys.stderr)
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show

@@ -1,22 +1,25 @@
 """The public face of the library: item keys in, ranked item keys out, around any Ranker."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from data.schemas import NO_ITEM, Catalogue, InputError, SeqBatch, user_hashes
-from modules.artifact import load_model_artifact
+from data.schemas import NO_ITEM, Catalogue, InputError, ItemFilter, SeqBatch, user_hashes
+from modules.artifact import ModelArtifact, load_model_artifact
+from modules.item_lists import ItemKeys, ItemLists, first_few, warn_of_unknown_keys
+from modules.similar_items import similar_items
+from modules.tokenizer.assign import FeatureMatrix
+from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
 
 class _Ranks(Protocol):
     """What is used here of `evaluation.ranker.Ranker`, which lies above this room."""
 
-    def rank(self, histories: SeqBatch, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,39 @@ class Recommendation:
     title: str
 
 
+class RankedList(list[Recommendation]):
+    """Recommendations, best first.
+
+    Attributes:
+        complete: false where there are fewer items that may be listed than were asked for.
+    """
+
+    def __init__(self, items: Sequence[Recommendation], *, complete: bool) -> None:
+        super().__init__(items)
+        self.complete = complete
+
+
 class Recommender:
-    """Recommends items of a catalogue.
+    """Recommends items of a catalogue, which may grow and shrink meanwhile.
+
+    Reading calls may run in several threads as far as the ranker can. `add_items` and `remove_items` change the ranker
+    in place: while one of them runs nothing else may, which is for the caller's lock to see to.
 
     >>> recommender = Recommender.from_pretrained("runs/beauty")  # doctest: +SKIP
     >>> recommender.recommend([["B004756YJA", "B0020YLEYK"]], k=3)  # doctest: +SKIP
+
+    Attributes:
+        ranker: ranks the catalogue's items.
+        catalogue: all items that there are or were; the place of an item is its id.
+        artifact: what the ranker was made from; None where it came without one.
     """
 
-    def __init__(self, ranker: _Ranks, catalogue: Catalogue) -> None:
+    def __init__(self, ranker: _Ranks, catalogue: Catalogue, *, artifact: ModelArtifact | None = None) -> None:
         self.ranker = ranker
         self.catalogue = catalogue
+        self.artifact = artifact
         self._item_ids = {item_key: item_id for item_id, item_key in enumerate(catalogue.item_keys)}
+        self._lists = ItemLists(self._item_ids)
 
     @classmethod
     def from_pretrained(
@@ -70,14 +95,24 @@ class Recommender:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         artifact = load_model_artifact(folder_or_hub_id, device=device)
         ranker = artifact.make_ranker(beam_width=beam_width, batch_size=batch_size)
-        return cls(ranker, artifact.tokenizer.catalogue)
+        return cls(ranker, artifact.tokenizer.catalogue, artifact=artifact)
 
     def __contains__(self, item_key: object) -> bool:
+        """Whether histories may have the item; removed ones are still known."""
         return item_key in self._item_ids
+
+    def is_available(self, item_key: str) -> bool:
+        """Whether an item of the catalogue may be recommended, which removed ones may not."""
+        available = None if self.artifact is None else self.artifact.tokenizer.available
+        return available is None or bool(available[self._item_ids[item_key]])
 
     def display_name(self, item_key: str) -> str:
         """Title of an item of the catalogue, or its key where it has no title."""
         return self.catalogue.display_name(self._item_ids[item_key])
+
+    def semantic_id(self, item_key: str) -> tuple[int, ...]:
+        """Codes of an item of the catalogue, the dedup code last."""
+        return tuple(self._tokenizer().semantic_ids[self._item_ids[item_key]].tolist())
 
     def recommend(
         self,
@@ -86,34 +121,141 @@ class Recommender:
         *,
         users: Sequence[str | None] | None = None,
         exclude_seen: bool = False,
-    ) -> list[list[Recommendation]]:
+        allow: ItemKeys = None,
+        deny: ItemKeys = None,
+    ) -> list[RankedList]:
         """Ranked items for every history.
 
+        Item keys that the catalogue lacks are skipped with a warning, wherever they are given.
+
         Args:
-            histories: item keys per user, oldest first. Keys that the catalogue lacks are skipped with a warning.
-            k: items per list; a list is shorter only where fewer items may be listed.
+            histories: item keys per user, oldest first.
+            k: items per list; a list is shorter, and not `complete`, only where fewer items may be listed.
             users: user key per history, for models that read a user token; None, in whole or in part, is the unknown
                 user, whose hash is 0.
             exclude_seen: leave out the items of the history itself.
+            allow: the only items that may be listed: item keys for all histories, or one collection or None for each.
+                A frozenset for all of them is read once for as long as it is given again.
+            deny: items that may not be listed, likewise.
 
         Returns:
             one list per history, best first.
 
         Raises:
-            InputError: if a history is empty or has no known item, k is not within 1..catalogue size, or there are not
-                as many users as histories.
+            InputError: if a history is empty or has no known item, k is below 1, or there are not
+                as many users, or collections of item keys, as histories.
         """
-        if not 1 <= k <= len(self.catalogue):
-            raise InputError(f"expected k from 1 to {len(self.catalogue)}, the size of the catalogue, got {k}.")
-        batch = SeqBatch.from_lists(self._known_item_ids(histories))
+        _check_k(k)
+        batch = SeqBatch.from_lists(known := self._known_item_ids(histories))
         if users is not None:
             batch = replace(batch, user_hashes=_hashes(users, num_rows=len(batch)))
-        allowed = batch.unseen(len(self.catalogue)) if exclude_seen else None
-        item_ids, scores = self.ranker.rank(batch, k, allowed)
-        return [
-            [self._recommendation(item_id, score) for item_id, score in zip(*row, strict=True) if item_id != NO_ITEM]
-            for row in zip(item_ids.tolist(), scores.tolist(), strict=True)
-        ]
+        allowed = self._lists.item_filter(known if exclude_seen else [[] for _ in histories], allow=allow, deny=deny)
+        return self._ranked_lists(*self.ranker.rank(batch, self._at_most(k), allowed), k)
+
+    def similar_items(
+        self, item_keys: Sequence[str], k: int = 10, *, allow: ItemKeys = None, deny: ItemKeys = None
+    ) -> list[RankedList]:
+        """For every item the others that are most like it.
+
+        Args:
+            item_keys: of the catalogue; removed items have neighbours too, but are none.
+            k: items per list.
+            allow: the only items that may be listed, as for `recommend`.
+            deny: items that may not be listed, likewise.
+
+        Returns:
+            one list per item, best first; scores are cosines of quantised latent vectors, equal ones go by item id.
+
+        Raises:
+            InputError: if a key is unknown, k is below 1, or the recommender has no artifact.
+        """
+        tokenizer = self._tokenizer()
+        _check_k(k)
+        if isinstance(item_keys, str):
+            raise InputError(f"expected a list of item keys, got the string {item_keys!r}. Write [{item_keys!r}].")
+        unknown = [key for key in item_keys if key not in self._item_ids]
+        if unknown:
+            raise InputError(
+                f"the catalogue has no item {first_few(unknown)}. Item keys are the data source's own ids."
+            )
+        item_ids = [self._item_ids[key] for key in item_keys]
+        item_filter = self._lists.item_filter([[item_id] for item_id in item_ids], allow=allow, deny=deny)
+        if item_filter is None:
+            return []
+        if tokenizer.available is not None:
+            allowed = tokenizer.available if item_filter.allowed is None else tokenizer.available & item_filter.allowed
+            item_filter = replace(item_filter, allowed=allowed)
+        return self._ranked_lists(*similar_items(tokenizer, item_ids, self._at_most(k), item_filter), k)
+
+    def add_items(
+        self,
+        item_keys: Sequence[str],
+        features: FeatureMatrix,
+        titles: Sequence[str] | None = None,
+        categories: Sequence[str] | None = None,
+        *,
+        feature_description: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add items, or put removed ones back, without training; see `SemanticIdTokenizer.with_items`.
+
+        The ids of the other items stay. Nothing is written: see `save_pretrained`.
+
+        Raises:
+            InputError: as `SemanticIdTokenizer.with_items`, or if the recommender has no artifact that can change;
+                nothing has changed then.
+        """
+        self._change(
+            self._tokenizer().with_items(
+                item_keys,
+                features,
+                titles=titles,
+                categories=categories,
+                feature_description=feature_description,
+            )
+        )
+
+    def remove_items(self, item_keys: Sequence[str]) -> None:
+        """Recommend some items no more; histories may still have them. Nothing is written: see `save_pretrained`.
+
+        Raises:
+            InputError: as `SemanticIdTokenizer.without_items`, or if the recommender has no artifact that can change;
+                nothing has changed then.
+        """
+        self._change(self._tokenizer().without_items(item_keys))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the model artifact with its catalogue of now, whole or not at all.
+
+        Raises:
+            InputError: if the recommender has no artifact, something else is at that place, or it cannot be written.
+        """
+        self._artifact().save(folder)
+
+    def _artifact(self) -> ModelArtifact:
+        if self.artifact is None:
+            raise InputError(
+                "this Recommender has no model artifact. Make it with Recommender.from_pretrained(folder)."
+            )
+        return self.artifact
+
+    def _tokenizer(self) -> SemanticIdTokenizer:
+        return self._artifact().tokenizer
+
+    def _change(self, tokenizer: SemanticIdTokenizer) -> None:
+        """Put another version of the tokenizer in the place of the one there is."""
+        if tokenizer is self._tokenizer():
+            return
+        artifact, refresh = self._artifact(), getattr(self.ranker, "refresh", None)
+        if refresh is None:
+            raise InputError(f"the ranker {type(self.ranker).__name__} cannot change its catalogue. Load it again.")
+        refresh(tokenizer)
+        added = tokenizer.catalogue.item_keys[len(self.catalogue) :]
+        self._item_ids.update(zip(added, range(len(self.catalogue), len(tokenizer.catalogue)), strict=True))
+        self.artifact = replace(artifact, tokenizer=tokenizer)
+        self.catalogue = tokenizer.catalogue
+
+    def _at_most(self, k: int) -> int:
+        return min(k, len(self.catalogue))
 
     def _known_item_ids(self, histories: Sequence[Sequence[str]]) -> list[list[int]]:
         known: list[list[int]] = []
@@ -130,15 +272,25 @@ class Recommender:
                 raise InputError(_no_known_item(row, missing))
             unknown.update(dict.fromkeys(missing))
         if unknown:
-            warnings.warn(
-                f"skipped {len(unknown)} item keys that the catalogue of {len(self.catalogue)} items does not have: "
-                f"{_first_few(list(unknown))}",
-                stacklevel=3,
-            )
+            warn_of_unknown_keys(list(unknown), num_items=len(self.catalogue), stacklevel=3)
         return known
 
-    def _recommendation(self, item_id: int, score: float) -> Recommendation:
-        return Recommendation(self.catalogue.item_keys[item_id], score, self.catalogue.titles[item_id])
+    def _ranked_lists(self, item_ids: Tensor, scores: Tensor, k: int) -> list[RankedList]:
+        keys, titles = self.catalogue.item_keys, self.catalogue.titles
+        lists = []
+        for ids, values in zip(item_ids.tolist(), scores.tolist(), strict=True):
+            items = [
+                Recommendation(keys[item_id], score, titles[item_id])
+                for item_id, score in zip(ids, values, strict=True)
+                if item_id != NO_ITEM
+            ]
+            lists.append(RankedList(items, complete=len(items) == k))
+        return lists
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise InputError(f"expected k of at least 1, the length of a list, got {k}.")
 
 
 def _hashes(users: Sequence[str | None], *, num_rows: int) -> Tensor:
@@ -153,10 +305,6 @@ def _no_known_item(row: int, unknown: list[str]) -> str:
     if not unknown:
         return f"history {row} is empty; expected at least one item key."
     return (
-        f"history {row} has no item that the catalogue knows; got {len(unknown)} unknown keys: {_first_few(unknown)}. "
+        f"history {row} has no item that the catalogue knows; got {len(unknown)} unknown keys: {first_few(unknown)}. "
         "Item keys are the data source's own ids, as in the tokenizer's catalogue."
     )
-
-
-def _first_few(keys: list[str], limit: int = 5) -> str:
-    return ", ".join(keys[:limit]) + (", ..." if len(keys) > limit else "")

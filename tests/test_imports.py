@@ -14,7 +14,7 @@ from tests.tiny_dataset import random_tokenizer, walks, write_interactions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OPTIONAL = ("polars", "wandb", "sentence_transformers", "transformers", "sklearn", "matplotlib")
-ROOMS = ("data", "ops", "modules", "training", "evaluation", "reports", "benchmarks")
+ROOMS = ("data", "ops", "modules", "training", "evaluation", "reports", "serving", "benchmarks")
 MAY_IMPORT = {
     "data": {"data"},
     "ops": {"ops"},
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "training": {"training", "ops"},
     "evaluation": {"evaluation", "modules", "ops"},
     "reports": {"reports", "evaluation", "modules", "ops"},
+    "serving": {"serving", "modules", "ops"},
 }
 FOR_EVERYBODY = ("data.files", "data.schemas")
 

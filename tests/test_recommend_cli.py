@@ -1,5 +1,8 @@
 import errno
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -8,8 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data.files
 import recommend
+from data.schemas import InputError
+from modules.recommender import Recommender
+from serving.answers import Answerer
+from serving.parts import MAX_SHOWN_PROBLEMS
 from tests.modules.tiny_artifact import save_tiny_artifact
+from tests.serving import recommend_process
 
 REPOSITORY = Path(recommend.__file__).parent
 
@@ -93,19 +102,21 @@ def test_bad_lines_are_reported_by_number_and_the_rest_goes_on(run_folder, lines
     assert recommend.main([run_folder, "--input", path, "--format", "json", "--output", str(output)]) == 2
     assert [json.loads(line)["user"] for line in output.read_text().splitlines()] == ["u1", "u7"]
     reported = capsys.readouterr().err.splitlines()
-    assert [line.removeprefix(f"{path}:").split(":")[0] for line in reported[:5]] == ["2", "3", "4", "5", "6"]
-    assert "not JSON" in reported[0]
-    assert reported[1].endswith("the history is empty")
-    assert 'expected {"user": ..., "history": [item keys as strings, ...]}' in reported[2]
-    assert reported[3].endswith("no item of the history is in the catalogue")
-    assert reported[5].endswith("skipped 5 of 7 lines")
-    assert reported[6].startswith("warning: skipped 1 item keys")
-    assert len(reported) == 7
+    assert reported[0].startswith("warning: skipped 1 item keys")
+    assert [line.removeprefix(f"{path}:").split(":")[0] for line in reported[1:6]] == ["2", "3", "4", "5", "6"]
+    assert "not JSON" in reported[1]
+    assert reported[2].endswith("the history is empty")
+    assert 'expected {"user": ..., "history": [item keys as strings, ...]}' in reported[3]
+    assert reported[4].endswith("no item of the history is in the catalogue")
+    assert reported[6].endswith("skipped 5 of 7 lines")
+    assert reported[7].startswith("2 histories in ")
+    assert reported[7].endswith(" histories/s")
+    assert len(reported) == 8
 
 
 def test_many_bad_lines_are_counted(run_folder, lines, capsys):
     assert recommend.main([run_folder, "--input", lines(*["{\n"] * 25, request("u", "item-1"))]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == recommend.MAX_SHOWN_PROBLEMS + 1
+    assert len(capsys.readouterr().err.splitlines()) == MAX_SHOWN_PROBLEMS + 2
 
 
 def test_no_usable_line_writes_nothing(run_folder, lines, tmp_path, capsys):
@@ -124,7 +135,7 @@ def test_a_crash_leaves_the_older_output(run_folder, lines, tmp_path, monkeypatc
     def crash(*_):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(recommend, "write_json", crash)
+    monkeypatch.setattr(Answerer, "answer_block", crash)
     arguments = ["--input", lines(request("u", "item-1")), "--format", "json", "--output", str(output)]
     assert recommend.main([run_folder, *arguments]) == 1
     assert "boom" in capsys.readouterr().err
@@ -136,8 +147,7 @@ def test_a_crash_leaves_the_older_output(run_folder, lines, tmp_path, monkeypatc
     ("arguments", "message"),
     [
         (["--history", "x", "y"], "no item that the catalogue knows; got 2 unknown keys: x, y"),
-        (["--history", "item-1", "--top-k", "13"], "from 1 to 12, the size of the catalogue, got 13"),
-        (["--input", "absent.jsonl"], "cannot read absent.jsonl"),
+        (["--input", "absent.jsonl"], "cannot read absent.jsonl: there is no such file"),
         (["--history", "item-1", "--output", "recommend.py/out"], "cannot write recommend.py/out: "),
         (["--history", "item-1", "--output", "tests"], "cannot write tests: it is a folder. Choose another --output"),
         (["--history", "item-1", "--device", "tpu9"], "'tpu9'"),
@@ -167,7 +177,7 @@ def test_a_disk_that_fails_is_one_line(run_folder, tmp_path, monkeypatch, capsys
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(recommend, "write_table", full)
+    monkeypatch.setattr(data.files, "write_synced", full)
     assert recommend.main([run_folder, "--history", "item-1", "--output", str(tmp_path / "out")]) == 2
     assert (
         capsys.readouterr().err
@@ -231,3 +241,193 @@ def test_as_a_program(run_folder):
     assert done.stdout == ""
     assert done.stderr.startswith("error: history 0 has no item")
     assert done.stderr.count("\n") == 1
+
+
+def many_lines(lines, number):
+    """Requests of many users, one in ten of them malformed."""
+    items = random.Random(1)
+    return lines(
+        *(
+            "{\n" if user % 10 == 3 else request(f"u{user}", *(f"item-{items.randrange(12)}" for _ in range(3)))
+            for user in range(number)
+        )
+    )
+
+
+@pytest.fixture
+def uninterrupted(run_folder, lines, tmp_path, capsys):
+    """An input of 60 lines, the arguments of its run but for the output, and what one run writes."""
+    arguments = [run_folder, "--input", many_lines(lines, 60), "--format", "json", "--top-k", "3", "--batch-size", "4"]
+    arguments += ["--device", "cpu"]
+    assert recommend.main([*arguments, "--output", str(tmp_path / "expected")]) == 2
+    capsys.readouterr()
+    return arguments, (tmp_path / "expected").read_bytes()
+
+
+def stop_after(monkeypatch, num_blocks):
+    """Ctrl-C in the middle of a block."""
+    answer, count = Answerer.answer_block, 0
+
+    def counted(self, block):
+        nonlocal count
+        count += 1
+        if count > num_blocks:
+            raise KeyboardInterrupt
+        return answer(self, block)
+
+    monkeypatch.setattr(Answerer, "answer_block", counted)
+
+
+def test_a_stopped_run_goes_on_and_nothing_is_ranked_twice(uninterrupted, tmp_path, monkeypatch, capsys):
+    arguments, expected = uninterrupted
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 9)
+        assert recommend.main([*arguments, "--output", str(output)]) == 130
+    assert not output.exists()
+    assert recommend.main([*arguments, "--batch-size", "5", "--output", str(output)]) == 2
+    assert "batch_size was 4, now 5. Ask for the same" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        stop_after(patched, 6)
+        assert recommend.main([*arguments, "--output", str(output)]) == 2
+    assert output.read_bytes() == expected
+    reported = capsys.readouterr().err.splitlines()
+    assert reported[0] == f"going on behind line 36 of {arguments[2]}"
+    assert [line.split(":")[1] for line in reported[1:7]] == ["4", "14", "24", "34", "44", "54"]
+    assert reported[7].endswith("skipped 6 of 60 lines")
+    assert reported[8].startswith("22 histories in ")
+    assert reported[8].endswith("; 32 were there already")
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
+
+
+def test_restart_begins_anew(uninterrupted, tmp_path, monkeypatch, capsys):
+    arguments, _ = uninterrupted
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 9)
+        recommend.main([*arguments, "--output", str(output)])
+    assert recommend.main([*arguments, "--top-k", "1", "--restart", "--output", str(output)]) == 2
+    assert {len(json.loads(line)["items"]) for line in output.read_text().splitlines()} == {1}
+    assert "going on" not in capsys.readouterr().err
+
+
+def test_a_mistake_before_the_first_block_binds_nobody(uninterrupted, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise InputError("the model returned NaN")
+
+    arguments, _ = uninterrupted
+    output = tmp_path / "out"
+    monkeypatch.setattr(Recommender, "recommend", broken)
+    assert recommend.main([*arguments, "--output", str(output)]) == 2
+    assert [path for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def num_whole_blocks(output):
+    return sum(path.read_bytes().count(b"\n") for path in output.parent.glob(f".{output.name}.part/*.blocks"))
+
+
+def killed(process, output, num_blocks, delay):
+    """Kill -9 some time after so many blocks were written; whether that was before the end."""
+    while process.is_alive() and num_whole_blocks(output) < num_blocks:
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    return process.exitcode == -9
+
+
+def test_killed_at_random_moments_the_output_is_that_of_one_run(uninterrupted, tmp_path):
+    arguments, expected = uninterrupted
+    output, moments = tmp_path / "out", random.Random(2)
+    arguments = [*arguments, "--output", str(output)]
+    kills = sum(
+        killed(recommend_process.start(*arguments), output, num_blocks, moments.random() / 50)
+        for num_blocks in (1, 5, 9, 14)
+    )
+    last = recommend_process.start(*arguments)
+    last.join()
+    assert last.exitcode == 2  # for the malformed lines
+    assert output.read_bytes() == expected
+    assert kills >= 2
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_two_processes_write_what_one_does_also_after_one_of_them_was_killed(uninterrupted, tmp_path):
+    arguments, expected = uninterrupted
+    output = tmp_path / "out"
+
+    def start_both():
+        return [
+            recommend_process.start(*arguments, "--output", str(output), RANK=rank, WORLD_SIZE="2") for rank in "01"
+        ]
+
+    first, second = start_both()
+    while not all((tmp_path / f".out.part/{rank}.blocks").exists() for rank in "01"):
+        time.sleep(0.002)
+    os.kill(second.pid, signal.SIGSTOP)  # the first one sees it at work, and then no more
+    time.sleep(0.5)
+    assert killed(second, output, 0, 0)
+    first.join()
+    assert first.exitcode == 1
+    assert not output.exists()
+    processes = start_both()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [2, 0]
+    assert output.read_bytes() == expected
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+@pytest.mark.slow
+def test_under_torchrun(uninterrupted, tmp_path):
+    arguments, expected = uninterrupted
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, "recommend.py", *arguments, "--output", str(tmp_path / "out")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 1, done.stderr  # the launcher's answer to our 2
+    assert "skipped 6 of 60 lines" in done.stderr
+    assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_several_processes_need_lines_and_an_output(run_folder, lines, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert recommend.main([run_folder, "--history", "item-1"]) == 2
+    assert recommend.main([run_folder, "--input", lines(request("u", "item-1"))]) == 2
+    assert capsys.readouterr().err.count("several processes share the lines of --input and write --output") == 2
+
+
+def test_allow_and_deny_files(run_folder, lines, tmp_path, capsys):
+    (tmp_path / "allow").write_text("item-1\nitem-2\nitem-3\nx\n")
+    (tmp_path / "deny").write_text("item-2\n")
+    path = lines(*(request(f"u{user}", "item-3") for user in range(3)))
+    arguments = [run_folder, "--input", path, "--format", "json", "--batch-size", "1", "--exclude-seen"]
+    filters = ["--allow", str(tmp_path / "allow"), "--deny", str(tmp_path / "deny")]
+    assert recommend.main([*arguments, *filters]) == 0
+    printed = capsys.readouterr()
+    listed = [[item["item_key"] for item in json.loads(line)["items"]] for line in printed.out.splitlines()]
+    assert listed == [["item-1"]] * 3
+    assert printed.err.count("warning: skipped 1 item keys of allow") == 1
+    assert recommend.main([*arguments, "--allow", str(tmp_path / "absent")]) == 2
+    assert "one item key per line" in capsys.readouterr().err
+
+
+def test_warnings_of_many_blocks_are_cut_short(run_folder, lines, capsys):
+    path = lines(*(request(user, "item-1", f"x{user}") for user in range(20)))
+    assert recommend.main([run_folder, "--input", path, "--batch-size", "1"]) == 0
+    reported = capsys.readouterr().err.splitlines()
+    assert len(reported) == recommend.MAX_SHOWN_WARNINGS + 2
+    assert reported[-2] == "warning: more warnings are not shown"
+
+
+def test_an_input_that_cannot_be_read_twice(run_folder, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    arguments = [run_folder, "--input", str(tmp_path / "pipe"), "--output", str(tmp_path / "out")]
+    assert recommend.main(arguments) == 2
+    assert "again after a restart: it is no regular file" in capsys.readouterr().err

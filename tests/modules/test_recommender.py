@@ -17,7 +17,7 @@ class LowestFirst:
 
     def rank(self, histories, k, allowed=None):
         self.histories = histories
-        allowed = torch.ones(len(histories), 4, dtype=torch.bool) if allowed is None else allowed
+        allowed = torch.ones(len(histories), 4, dtype=torch.bool) if allowed is None else allowed.flags(4)
         item_ids = torch.full((len(histories), k), NO_ITEM)
         scores = torch.full((len(histories), k), -torch.inf)
         for row, flags in enumerate(allowed):
@@ -75,6 +75,11 @@ def test_exclude_seen_is_per_row_and_lists_may_be_shorter(recommender):
     assert keys(lists) == [["b", "d"], ["a", "b", "c"]]
 
 
+def test_more_than_the_catalogue_holds(recommender):
+    (ranked,) = recommender.recommend([["a"]], 10**12)
+    assert (len(ranked), ranked.complete) == (4, False)
+
+
 def test_unknown_keys_are_skipped_with_one_warning(recommender):
     histories = [["x1", "b", "x2"], ["x1", "x3", "x4", "x5", "x6", "c"]]
     with pytest.warns(UserWarning, match=r"skipped 6 item keys .* x1, x2, x3, x4, x5, \.\.\.$") as caught:
@@ -94,8 +99,7 @@ def test_known_keys_warn_of_nothing(recommender):
     [
         ([["a"], []], 1, "history 1 is empty"),
         ([["x", "y"]], 1, "history 0 has no item that the catalogue knows; got 2 unknown keys: x, y"),
-        ([["a"]], 5, "k from 1 to 4, the size of the catalogue, got 5"),
-        ([["a"]], 0, "k from 1 to 4"),
+        ([["a"]], 0, "k of at least 1"),
         (["ab"], 1, r"the string 'ab' as history 0. Write recommend\(\[history\]\)"),
     ],
 )
@@ -126,3 +130,165 @@ def test_from_an_artifact(tmp_path):
     assert lists[0][0].title == f"Title {lists[0][0].item_key.removeprefix('item-')}"
     unseen = recommender.recommend([["item-1", "item-2"]], 12, exclude_seen=True)
     assert set(keys(unseen)[0]) == {f"item-{item}" for item in range(12)} - {"item-1", "item-2"}
+
+
+def test_lists_say_whether_they_are_complete(recommender):
+    assert [ranked.complete for ranked in recommender.recommend([["a", "c"], ["d"]], 2)] == [True, True]
+    lists = recommender.recommend([["a", "c"], ["d"]], 3, exclude_seen=True)
+    assert [(len(ranked), ranked.complete) for ranked in lists] == [(2, False), (3, True)]
+    assert lists[0] == [Recommendation("b", -1.0, "Bread"), Recommendation("d", -3.0, "Dates")]
+
+
+def test_allow_and_deny_for_all_and_per_history(recommender):
+    histories = [["a"], ["b"]]
+    assert keys(recommender.recommend(histories, 4, allow={"d", "b"})) == [["b", "d"]] * 2
+    assert keys(recommender.recommend(histories, 4, deny=["a"])) == [["b", "c", "d"]] * 2
+    assert keys(recommender.recommend(histories, 4, allow=[["c", "b"], None], deny=["b"])) == [["c"], ["a", "c", "d"]]
+    assert keys(recommender.recommend(histories, 4, allow=[], exclude_seen=True)) == [[], []]
+    assert keys(recommender.recommend(histories, 4, deny=[None, ["d"]], exclude_seen=True)) == [
+        ["b", "c", "d"],
+        ["a", "c"],
+    ]
+    with pytest.raises(InputError, match="allow expected one collection of item keys or None per history, 2, got 1"):
+        recommender.recommend(histories, 1, allow=[["a"]])
+
+
+def test_what_needs_an_artifact_says_so(recommender):
+    for call in (
+        lambda: recommender.similar_items(["a"]),
+        lambda: recommender.semantic_id("a"),
+        lambda: recommender.add_items(["e"], torch.zeros(1, 6)),
+        lambda: recommender.remove_items(["a"]),
+        lambda: recommender.save_pretrained("x"),
+    ):
+        with pytest.raises(InputError, match=r"no model artifact. Make it with Recommender.from_pretrained"):
+            call()
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    save_tiny_artifact(tmp_path / "model")
+    return Recommender.from_pretrained(tmp_path / "model", device="cpu")
+
+
+def full_ranking(recommender, history=("item-1", "item-2")):
+    k = len(recommender.catalogue)
+    return [(item.item_key, item.score) for item in recommender.recommend([list(history)], k)[0]]
+
+
+def assert_same_ranking(got, expected):
+    assert [key for key, _ in got] == [key for key, _ in expected]
+    assert [score for _, score in got] == pytest.approx([score for _, score in expected])
+
+
+def test_filters_leave_the_ranking_of_a_model_as_it_is(loaded):
+    full = full_ranking(loaded)
+    for allow, deny in (
+        (["item-3", "item-7", "item-1"], None),
+        (None, ["item-3"]),
+        ([["item-0", "item-4"]], ["item-0"]),
+    ):
+        allowed = loaded.recommend([["item-1", "item-2"]], 12, allow=allow, deny=deny)[0]
+        permitted = set(allow[0] if allow and isinstance(allow[0], list) else allow or dict(full)) - set(deny or ())
+        expected = [place for place in full if place[0] in permitted]
+        assert_same_ranking([(item.item_key, item.score) for item in allowed], expected)
+        assert not allowed.complete
+
+
+def test_similar_items(loaded):
+    tokenizer = loaded.artifact.tokenizer
+    codes = [tuple(row) for row in tokenizer.semantic_ids[:, :-1].tolist()]
+    twins = next(
+        (one, other) for one in range(12) for other in range(12) if one != other and codes[one] == codes[other]
+    )
+    (ranked,) = loaded.similar_items([f"item-{twins[0]}"], 11)
+    assert len(ranked) == 11
+    assert ranked.complete
+    assert f"item-{twins[0]}" not in [item.item_key for item in ranked]
+    scores = {item.item_key: item.score for item in ranked}
+    assert scores[f"item-{twins[1]}"] == pytest.approx(1)
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert keys(loaded.similar_items(["item-0", "item-1"], 3, allow=["item-1", "item-2"])) == [
+        sorted(["item-1", "item-2"], key=lambda key: -scores_of(loaded, "item-0")[key]),
+        ["item-2"],
+    ]
+    loaded.remove_items(["item-2"])
+    assert "item-2" not in keys(loaded.similar_items(["item-2"], 12))[0]
+    assert keys(loaded.similar_items(["item-1"], 3, allow=["item-2"])) == [[]]
+
+
+def scores_of(recommender, item_key):
+    return {item.item_key: item.score for item in recommender.similar_items([item_key], 11)[0]}
+
+
+@pytest.mark.parametrize(
+    ("item_keys", "message"),
+    [(["item-1", "x", "y"], "the catalogue has no item x, y"), ("item-1", "got the string 'item-1'")],
+)
+def test_similar_items_of_what_is_no_item(loaded, item_keys, message):
+    with pytest.raises(InputError, match=message):
+        loaded.similar_items(item_keys)
+
+
+def test_items_come_go_and_come_back(loaded, tmp_path):
+    before, ids = full_ranking(loaded), loaded.artifact.tokenizer.semantic_ids
+    new = torch.randn(2, 6, generator=torch.Generator().manual_seed(5))
+    loaded.add_items(["new-1", "new-2"], new, titles=["New", ""])
+    assert "new-1" in loaded
+    assert (loaded.display_name("new-1"), loaded.display_name("new-2")) == ("New", "new-2")
+    grown = full_ranking(loaded)
+    assert [key for key, _ in grown if not key.startswith("new")] == [key for key, _ in before]
+    assert dict(grown) == pytest.approx({**dict(grown), **dict(before)})
+    assert {"new-1", "new-2"} <= set(dict(grown))
+    assert torch.equal(loaded.artifact.tokenizer.semantic_ids[:12], ids)
+    assert loaded.recommend([["new-1"]], 14)[0].complete
+
+    loaded.remove_items(["item-1", "new-2"])
+    assert "item-1" in loaded
+    assert [loaded.is_available(key) for key in ("item-1", "item-0", "new-1", "new-2")] == [False, True, True, False]
+    assert_same_ranking(full_ranking(loaded), [place for place in grown if place[0] not in ("item-1", "new-2")])
+
+    loaded.save_pretrained(tmp_path / "grown")
+    again = Recommender.from_pretrained(tmp_path / "grown", device="cpu")
+    assert full_ranking(again) == full_ranking(loaded)
+    assert (
+        again.semantic_id("new-1")
+        == loaded.semantic_id("new-1")
+        == tuple(loaded.artifact.tokenizer.semantic_ids[12].tolist())
+    )
+    again.add_items(["new-2", "item-1"], torch.zeros(2, 6))
+    assert_same_ranking(full_ranking(again), grown)
+
+
+@pytest.mark.parametrize(
+    ("item_keys", "features"),
+    [
+        (["new", "new"], torch.zeros(2, 6)),
+        (["new", "item-3"], torch.zeros(2, 6)),
+        (["new"], torch.zeros(1, 7)),
+        (["new"], torch.full((1, 6), torch.nan)),
+    ],
+)
+def test_a_refused_change_changes_nothing(loaded, item_keys, features):
+    before, artifact = full_ranking(loaded), loaded.artifact
+    with pytest.raises(InputError):
+        loaded.add_items(item_keys, features)
+    with pytest.raises(InputError):
+        loaded.remove_items(["item-3", "x"])
+    assert loaded.artifact is artifact
+    assert "new" not in loaded
+    assert full_ranking(loaded) == before
+
+
+def test_no_change_is_none(loaded):
+    artifact = loaded.artifact
+    loaded.add_items([], torch.zeros(0, 6))
+    loaded.remove_items([])
+    assert loaded.artifact is artifact
+
+
+def test_a_ranker_that_cannot_change_says_so(loaded):
+    loaded.ranker = LowestFirst()
+    with pytest.raises(InputError, match="the ranker LowestFirst cannot change its catalogue"):
+        loaded.remove_items(["item-1"])
+    assert loaded.is_available("item-1")
