@@ -25,6 +25,10 @@ bench: $(VENV)/.installed-dev
 	$(RUN) -m benchmarks.rqvae_step
 	$(RUN) -m benchmarks.assign_ids
 	$(RUN) -m benchmarks.length_scaling
+	$(RUN) -m benchmarks.beam_search
+	$(RUN) -m benchmarks.beam_recall
+	$(RUN) -m benchmarks.trie
+	$(RUN) -m benchmarks.server
 	$(RUN) -m benchmarks.prepare
 
 clean:
@@ -38,6 +42,6 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+$(VENV)/.installed-dev: requirements.txt requirements-serve.txt requirements-dev.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@ $(VENV)/.installed

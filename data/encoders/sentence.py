@@ -56,7 +56,7 @@ class SentenceEncoder(Encoder):
         return np.concatenate([np.load(path) for path in paths])
 
     def _encode_chunks(self, texts: list[str], chunks: list[tuple[int, Path]]) -> None:
-        model = self._load()
+        model = self.load()
         num_missing = sum(len(texts[start : start + CHUNK_SIZE]) for start, _ in chunks)
         with tqdm(
             total=len(texts), initial=len(texts) - num_missing, desc="encoding texts", unit="item", disable=None
@@ -67,7 +67,8 @@ class SentenceEncoder(Encoder):
                 _save_whole(rows.astype(np.float32), path)
                 progress.update(len(chunk))
 
-    def _load(self) -> "SentenceTransformer":
+    def load(self) -> "SentenceTransformer":
+        """The model; InputError when it cannot be loaded."""
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:

@@ -215,11 +215,11 @@ def test_a_killed_encoding_goes_on_where_it_was(tmp_path, monkeypatch):
     items = texts("a", "bb", "ccc", "dddd", "eeeee")
     encoder = SentenceEncoder("owner/model", batch_size=8)
     dying, healthy = FakeModel(calls_to_live=2), FakeModel()
-    monkeypatch.setattr(SentenceEncoder, "_load", lambda self: dying)
+    monkeypatch.setattr(SentenceEncoder, "load", lambda self: dying)
     with pytest.raises(KeyboardInterrupt):
         encoder.encode(items, tmp_path / "scratch")
     assert dying.encoded == ["a", "bb", "ccc", "dddd"]
-    monkeypatch.setattr(SentenceEncoder, "_load", lambda self: healthy)
+    monkeypatch.setattr(SentenceEncoder, "load", lambda self: healthy)
     features = encoder.encode(items, tmp_path / "scratch")
     assert healthy.encoded == ["eeeee"]
     assert features.tolist() == [[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [4.0, 1.0], [5.0, 1.0]]
