@@ -7,8 +7,8 @@
 PREPARED holds `dataset` and `tokenizer`, which benchmarks/README.md tells how to make on another machine. Every part
 runs in a process of its own with a time limit; one that fails or takes too long is noted, and the next one starts.
 FOLDER gets logs/, results/ as in benchmarks/results, the decoder's run, and summary.json, which alone holds all
-results, the ends of the logs, and which targets were met. Needs torch, numpy, gin, accelerate, safetensors and pytest;
-without transformers there is no comparison with T5, without matplotlib no plot.
+results, the ends of the logs, and which targets were met. Needs torch, numpy, scipy, gin, accelerate, einops,
+safetensors and pytest; without transformers there is no comparison with T5, without matplotlib no plot.
 """
 
 import argparse
@@ -24,14 +24,25 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.common import REPOSITORY, commit, device_name, print_table, versions
+from benchmarks.histories import NUM_ITEMS
 from data.schemas import InputError
 from training.cli import run_cli
 
 Rows = list[dict[str, Any]]
 Results = Mapping[str, Rows]
 
-TIMED = ("attention", "add_rms_norm", "cross_entropy", "train_step", "rqvae_step", "assign_ids", "length_scaling")
-WITH_LENGTHS = ("attention", "add_rms_norm", "train_step")
+TIMED = (
+    "attention",
+    "add_rms_norm",
+    "cross_entropy",
+    "train_step",
+    "rqvae_step",
+    "assign_ids",
+    "beam_search",
+    "trie",
+    "length_scaling",
+)
+WITH_LENGTHS = ("attention", "add_rms_norm", "train_step", "beam_search")
 NEED_DATA = ("loss_curve", "train_decoder")
 PARTS = ("gpu_tests", "kernel_tests", *TIMED, *NEED_DATA)
 _LOG_CHARACTERS = 4000
@@ -128,6 +139,27 @@ def own_ms(part: str) -> Callable[[Results], float | None]:
     return lambda results: fastest(timed(results.get(part, []), "ours")).get("median_ms")
 
 
+def search_ms(batch: int, beam_width: int) -> Callable[[Results], float | None]:
+    """Our fastest beam search in the catalogue of Beauty's size."""
+    wanted = {"batch": batch, "beam_width": beam_width, "items": NUM_ITEMS}
+
+    def read(results: Results) -> float | None:
+        rows = timed(results.get("beam_search", []), "ours")
+        return fastest([row for row in rows if wanted.items() <= row.items()]).get("median_ms")
+
+    return read
+
+
+def trie_step_ms(num_items: int) -> Callable[[Results], float | None]:
+    """The slowest of the steps through a catalogue's trie."""
+
+    def read(results: Results) -> float | None:
+        rows = timed(results.get("trie", []), "trie_topk_step")
+        return max((row["median_ms"] for row in rows if row.get("items") == num_items), default=None)
+
+    return read
+
+
 def last_value(part: str, key: str) -> Callable[[Results], float | None]:
     """A number that only one row of a part has."""
 
@@ -151,6 +183,10 @@ TARGETS = (
     Target("attention backward, times as fast as Flex", 1, False, attention_ratio("backward", "flex_attention")),
     Target("RQ-VAE step, batch 2,048, ms", 0.25, True, own_ms("rqvae_step")),
     Target("ids of 10 million items, ms", 60, True, own_ms("assign_ids")),
+    Target("beam search, batch 256, beam 20, ms", 1.5, True, search_ms(256, 20)),
+    Target("beam search, batch 256, beam 50, ms", 3.0, True, search_ms(256, 50)),
+    Target("beam search, batch 1, beam 20, ms", 1.0, True, search_ms(1, 20)),
+    Target("trie step, 20 million items, ms", 0.05, True, trie_step_ms(20_000_000)),
     Target("growth per token without attention", 1.3, True, last_value("length_scaling", "growth_per_token")),
     Target("largest difference of the loss curves", 0.001, True, last_value("loss_curve", "largest_difference")),
 )
@@ -164,7 +200,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str] | str]:
     lengths = [] if prepared is None else ["--lengths", str(prepared / "dataset")]
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     found: dict[str, list[str] | str] = {
-        "gpu_tests": [*pytest, "-m", "gpu", "--continue-on-collection-errors", "tests"],
+        "gpu_tests": [*pytest, "-m", "gpu", *gpu_test_files()],
         "kernel_tests": [*pytest, "tests/kernels"],
     }
     for name in TIMED:
@@ -177,6 +213,13 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str] | str]:
         found["loss_curve"] = [*curve, *against]
         found["train_decoder"] = train_command(prepared, output / "decoder", 20 if arguments.quick else 2000)
     return {name: found[name] for name in PARTS if name in arguments.parts}
+
+
+def gpu_test_files() -> list[str]:
+    """Files with tests for a GPU, from the repository; others may import packages that such a machine lacks."""
+    paths = sorted((REPOSITORY / "tests").rglob("test_*.py"))
+    found = [path for path in paths if "mark.gpu" in path.read_text(encoding="utf-8")]
+    return [str(path.relative_to(REPOSITORY)) for path in found if path.name != "test_gpu_suite.py"]
 
 
 def train_command(prepared: Path, run: Path, num_steps: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Hugging Face T5 as baseline and oracle: the sizes, tokens and start weights of our model."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor, nn
 from data.schemas import TokenizedSeqBatch
 from modules.model import EncoderDecoderRetrievalModel
 from ops.reference.jagged_to_padded import jagged_to_padded, row_mask
+
+
+def has_transformers() -> bool:
+    """Whether there is a T5 to compare with."""
+    return importlib.util.find_spec("transformers") is not None
 
 
 def build_t5(model: EncoderDecoderRetrievalModel, attention: str) -> Any:
@@ -99,14 +105,20 @@ def t5_inputs(
         model: knows the tokens.
         longest: pad to that many tokens; None pads to the batch's longest row.
     """
-    if longest is None:
-        longest = int(batch.offsets.diff().max())
     assert batch.target_codes is not None
     level_offsets = batch.target_codes.new_tensor(model.vocabulary.level_offsets(model.language))
+    return {**t5_encoder_inputs(batch, model, longest), "labels": batch.target_codes + level_offsets}
+
+
+def t5_encoder_inputs(
+    batch: TokenizedSeqBatch, model: EncoderDecoderRetrievalModel, longest: int | None = None
+) -> dict[str, Tensor]:
+    """The histories alone, as `t5_inputs` gives them."""
+    if longest is None:
+        longest = int(batch.offsets.diff().max())
     return {
         "input_ids": jagged_to_padded(batch.tokens, batch.offsets, longest, model.vocabulary.bos),
         "attention_mask": row_mask(batch.offsets, longest).long(),
-        "labels": batch.target_codes + level_offsets,
     }
 
 

@@ -24,7 +24,6 @@ the clock, since a training loop does not wait for the device at every step.
 """
 
 import gc
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 import ops
-from benchmarks.common import begin, finish, interleaved, measure, parser, peak_memory, summarize
-from benchmarks.hf_t5 import build_t5, t5_inputs, t5_level_losses
+from benchmarks.common import begin, finish, interleaved, measure, parser, peak_memory, summarize, write_result
+from benchmarks.hf_t5 import build_t5, has_transformers, t5_inputs, t5_level_losses
 from benchmarks.histories import (
     LEVEL_SIZES,
     MAX_HISTORY,
@@ -323,11 +322,6 @@ def verify(setting: Setting) -> None:
     print(f"verified: losses of {len(batch)} rows and the token table's gradient equal those of {oracle}")
 
 
-def has_transformers() -> bool:
-    """Whether there is a T5 to compare with."""
-    return importlib.util.find_spec("transformers") is not None
-
-
 def peak_mb(build: Callable[[Setting], Rung], setting: Setting) -> float | None:
     """Peak memory of training, weights, gradients and optimizer state included, while no other contender lives.
 
@@ -440,6 +434,8 @@ def main(argv: Sequence[str]) -> int:
             place = f"{arguments.threads} threads" if device == "cpu" else "GPU"
             case = f"{source}, batch {batch_size}, d_model {d_model}, {place}, {dtype}"
             rows += run(case, setting, names, num_samples=3 if quick else 8 if device == "cpu" else 20)
+            # Compiling all rungs takes many minutes: a run that is stopped keeps what it has.
+            write_result("train_step", rows, device=device, quick=quick, results=arguments.results)
     finish("train_step", rows, arguments, device)
     return 0
 

@@ -31,6 +31,17 @@ RESULTS = {
         {"pass": "forward", "implementation": "sdpa_with_bias", "median_ms": 1.0, "ours_faster": 0.9},
         {"pass": "backward", "implementation": "sdpa_with_bias", "median_ms": 1.0, "ours_faster": 1.5},
     ],
+    "beam_search": [
+        {"implementation": "ours", "batch": 256, "beam_width": 20, "items": 12101, "median_ms": 9.0},
+        {"implementation": "ours_graphed", "batch": 256, "beam_width": 20, "items": 12101, "median_ms": 1.4},
+        {"implementation": "ours_graphed", "batch": 256, "beam_width": 20, "items": 100, "median_ms": 0.1},
+        {"implementation": "dense_mask", "batch": 1, "beam_width": 20, "items": 12101, "median_ms": 0.9},
+    ],
+    "trie": [
+        {"implementation": "trie_topk_step", "items": 20_000_000, "median_ms": 0.03},
+        {"implementation": "trie_topk_step", "items": 20_000_000, "median_ms": 0.06},
+        {"implementation": "trie_topk_step", "items": 10, "median_ms": 0.09},
+    ],
     "length_scaling": [{"items": 64}, {"case": "claim", "growth_per_token": 1.1}],
 }
 
@@ -45,6 +56,9 @@ def test_targets_by_hand():
     assert verdicts["attention forward, times as fast as SDPA"] == (0.9, "MISSED")
     assert verdicts["attention backward, times as fast as SDPA"] == (1.5, "met")
     assert verdicts["attention forward, times as fast as Flex"] == ("", "not measured")
+    assert verdicts["beam search, batch 256, beam 20, ms"] == (1.4, "met")
+    assert verdicts["beam search, batch 1, beam 20, ms"] == ("", "not measured")
+    assert verdicts["trie step, 20 million items, ms"] == (0.06, "MISSED")
     assert verdicts["growth per token without attention"] == (1.1, "met")
 
 
@@ -99,6 +113,23 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path):
     arguments = gpu_suite.argument_parser().parse_args(["--output", str(tmp_path)])
     with pytest.raises(InputError, match=r"finds no GPU here\. Rehearse with --device cpu --quick"):
         gpu_suite.check(arguments)
+
+
+def test_gpu_tests_are_collected_without_optional_packages(tmp_path):
+    """An error while collecting would make the part fail, however well the tests on the GPU went."""
+    arguments = gpu_suite.argument_parser().parse_args(["--output", str(tmp_path), "--parts", "gpu_tests"])
+    pytest_arguments = commands(arguments)["gpu_tests"][3:]
+    script = f"""
+import sys
+for name in {("polars", "wandb", "sentence_transformers", "transformers", "sklearn", "matplotlib")}:
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main([*{pytest_arguments}, "--collect-only"]))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
+    for name in ("test_graphs.py", "test_accuracy.py", "test_tokenizer.py", "test_loop.py"):
+        assert name in result.stdout
 
 
 def test_the_suite_needs_no_optional_packages():
