@@ -11,7 +11,8 @@ from modules.tokenizer.vocabulary import CodeVocabulary
 class SequenceTokenizer(nn.Module):
     """Writes every history as [user token] then, per item, its codes [and a separator], without a loop over rows.
 
-    Its buffers have to be on the device of the batches; then nothing waits for that device.
+    Its buffers, int32 for the sake of large catalogues, have to be on the device of the batches; then nothing waits for
+    that device.
 
     Args:
         semantic_ids: [N, L] int64 codes of the catalogue, the dedup code included.
@@ -36,8 +37,8 @@ class SequenceTokenizer(nn.Module):
             item_tokens = torch.cat([item_tokens, separators], dim=1)
         # Row 0 is that of NO_TARGET (-1), so that an item id behind the last one is out of range, as it has to be.
         target_codes = torch.nn.functional.pad(semantic_ids, (0, 0, 1, 0), value=NO_TARGET)
-        self.register_buffer("target_codes", target_codes, persistent=False)
-        self.register_buffer("item_tokens", item_tokens, persistent=False)
+        self.register_buffer("target_codes", target_codes.int(), persistent=False)
+        self.register_buffer("item_tokens", item_tokens.int(), persistent=False)
 
     def forward(self, batch: SeqBatch) -> TokenizedSeqBatch:
         """Tokens of a batch; rows may be empty, and the batch may be of fixed capacity.
@@ -46,7 +47,7 @@ class SequenceTokenizer(nn.Module):
             tokens with boundaries, and target_codes [B, L] where the batch has targets.
         """
         tokens_per_item = self.item_tokens.shape[1]
-        tokens, offsets = self.item_tokens[batch.item_ids].flatten(), batch.offsets * tokens_per_item
+        tokens, offsets = self.item_tokens[batch.item_ids].flatten().long(), batch.offsets * tokens_per_item
         max_len = batch.max_len * tokens_per_item
         if self.vocabulary.num_user_buckets > 0:
             users = torch.arange(len(batch) + 1, dtype=torch.int32, device=offsets.device)
@@ -57,7 +58,7 @@ class SequenceTokenizer(nn.Module):
             tokens=tokens,
             offsets=offsets,
             max_len=max_len,
-            target_codes=None if batch.targets is None else self.target_codes[batch.targets + 1],
+            target_codes=None if batch.targets is None else self.target_codes[batch.targets + 1].long(),
         )
 
 
