@@ -32,6 +32,9 @@ if TYPE_CHECKING:  # torch and the web framework are imported where they are use
 
     from serving.app import Settings
 
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the minute that load balancers keep idle connections: the side that sends next should not be cut off."""
+
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -106,6 +109,7 @@ def build_server(args: argparse.Namespace, settings: Settings) -> uvicorn.Server
         log_level="warning",
         access_log=False,
         ws="none",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(2 * settings.limits.timeout),
     )
     server = uvicorn.Server(config)

@@ -55,6 +55,8 @@ class Connection:
     async def ask(self, request: bytes) -> tuple[int, bytes]:
         """Status and body; status 0 where the connection breaks."""
         try:
+            if self._streams is not None and self._streams[0].at_eof():
+                self.close()  # a server closes connections that are idle for long, which is no failure
             if self._streams is None:
                 self._streams = await asyncio.open_connection("127.0.0.1", self._port)
             reader, writer = self._streams

@@ -12,7 +12,6 @@ r.lock      locked while it lives
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -134,8 +133,15 @@ class Part:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the folder, with the parts of all processes."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, with the parts of all processes.
+
+        What tells of blocks goes first, so that a kill meanwhile leaves nothing that binds the next run; the locks go
+        last, so that the next run finds no file that is still to be removed.
+        """
+        kinds = (".blocks", "", ".json", ".done", ".lock")
+        for path in sorted(self.folder.glob("*"), key=lambda path: kinds.index(path.suffix if path.suffix in kinds else "")):
+            path.unlink(missing_ok=True)
+        _remove_if_empty(self.folder)
 
     def close(self) -> None:
         """Close the files."""
@@ -173,13 +179,13 @@ def open_part(output: Path, rank: int, identity: dict[str, Any], *, restart: boo
         InputError: if another process writes the part, or an earlier run was asked for something else.
     """
     folder = parts_folder(output)
-    with _locked(folder, rank, output):
+    with _locked(folder, rank, output) as lock:
         try:
             _prepare(folder, rank, identity, output, restart=restart)
             with closing(Part(output, rank, identity)) as part:
                 yield part
-        finally:
-            if not any(_records(folder / f"{rank}.blocks")):
+        finally:  # once the parts are discarded, what lies there is another run's
+            if _is_at(lock, folder / f"{rank}.lock") and not any(_records(folder / f"{rank}.blocks")):
                 _remove(folder, rank)
 
 
@@ -213,14 +219,15 @@ def is_locked(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path, rank: int, output: Path) -> Iterator[None]:
+def _locked(folder: Path, rank: int, output: Path) -> Iterator[int]:
+    """The descriptor of the lock that is held meanwhile."""
     descriptor, given_up = None, time.monotonic() + LOCK_PATIENCE
     while (descriptor := _lock(folder, rank)) is None:
         if time.monotonic() > given_up:
             raise InputError(f"another process is writing {output}. Wait for it, or choose another --output.")
         time.sleep(0.05)
     try:
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)  # which unlocks it
 
@@ -233,10 +240,18 @@ def _lock(folder: Path, rank: int) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:  # an earlier run has removed the folder just now
         return None
-    if _try_lock(descriptor, fcntl.LOCK_EX) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+    if _try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, path):
         return descriptor
     os.close(descriptor)
     return None
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the file that is open is the one that has that name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:
@@ -287,6 +302,10 @@ def _remove(folder: Path, rank: int) -> None:
     """The files of one process, and the folder where it was the last one."""
     _remove_files(folder, rank)
     (folder / f"{rank}.lock").unlink(missing_ok=True)
+    _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
     except OSError:  # others have files there, or it is gone already

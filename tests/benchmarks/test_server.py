@@ -1,8 +1,9 @@
+import asyncio
 import json
 
 import pytest
 
-from benchmarks.http_load import Outcome, request_bytes
+from benchmarks.http_load import Connection, Outcome, request_bytes
 
 for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason=f"{package} comes with requirements-serve.txt")
@@ -23,6 +24,24 @@ def test_a_request_is_whole():
     assert head.split(b"\r\n")[0] == b"POST /x HTTP/1.1"
     assert f"Content-Length: {len(body)}".encode() in head
     assert json.loads(body) == {"k": 1}
+
+
+def test_a_connection_that_was_idle_for_too_long_is_opened_again():
+    async def answer_once(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi")
+        writer.close()
+
+    async def ask_twice():
+        async with await asyncio.start_server(answer_once, "127.0.0.1", 0) as opened:
+            connection = Connection(opened.sockets[0].getsockname()[1])
+            first = await connection.ask(request_bytes("GET", "/"))
+            await asyncio.sleep(0.05)  # the server's end has arrived
+            second = await connection.ask(request_bytes("GET", "/"))
+            connection.close()
+            return first, second
+
+    assert asyncio.run(ask_twice()) == ((200, b"hi"), (200, b"hi"))
 
 
 @pytest.mark.slow
