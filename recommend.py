@@ -1,6 +1,6 @@
 """Recommend items for histories, from a trained model.
 
-    python recommend.py runs/demo --history item-12 item-48
+    python recommend.py runs/demo/decoder --history KEY KEY
     python recommend.py runs/beauty --input histories.jsonl --output recommended.jsonl --format json --top-k 20
     torchrun --nproc_per_node 4 recommend.py runs/beauty --input histories.jsonl --output recommended.jsonl
 
@@ -80,6 +80,7 @@ def recommend(args: argparse.Namespace) -> int:
 
     share = Share.of(os.environ)
     check_writable(args.output, "--output")
+    check_replaceable(args)
     check_input(args.input, read_again=args.output is not None)
     check_processes(share, args)
     allow, deny = read_item_keys(args.allow), read_item_keys(args.deny)
@@ -97,6 +98,19 @@ def recommend(args: argparse.Namespace) -> int:
         except LostProcessError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+
+
+def check_replaceable(args: argparse.Namespace) -> None:
+    """InputError where the output would take the place of what it must not: a device, or a file that is read."""
+    from data.schemas import InputError
+
+    if args.output is None or not args.output.exists():
+        return
+    if not args.output.is_file():
+        raise InputError(f"cannot replace {args.output}: it is no regular file. Choose another --output.")
+    for path in (args.input, args.allow, args.deny):
+        if path is not None and path.exists() and path.samefile(args.output):
+            raise InputError(f"cannot replace {args.output}: it is read, too. Choose another --output.")
 
 
 def check_processes(share: Share, args: argparse.Namespace) -> None:

@@ -78,6 +78,7 @@ def serve(args: argparse.Namespace) -> int:
     check_save(args.save, args.artifact)
     with listening_socket(args.host, args.port) as listener:  # before the model is loaded, which takes a while
         server = build_server(args, settings)
+        listener.listen(server.config.backlog)  # from here on nobody is refused
         greet(listener, settings)
         with suppress(KeyboardInterrupt):  # uvicorn stops in good order, then raises the signal again
             server.run(sockets=[listener])
@@ -167,6 +168,8 @@ def check_save(save: Path | None, artifact: str) -> None:
     from data.schemas import InputError
 
     served = Path(artifact, "model") if Path(artifact, "model").is_dir() else Path(artifact)
+    if save is not None and save.resolve() == Path(artifact).resolve() != served.resolve():
+        raise InputError(f"--save {save} is a run folder; to change the artifact in it: --save {served}.")
     if save is not None and save.exists() and save.resolve() != served.resolve():
         raise InputError(
             f"--save {save} exists, and is not the artifact that is served. To go on with it: serve.py {save} --save "

@@ -77,8 +77,6 @@ class Gate:
         except RequestError as error:
             await JSONResponse(error.content(), error.status, error.headers)(scope, receive, send)  # type: ignore[arg-type]
             return
-        if body is None:
-            return
         unread = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
@@ -92,8 +90,9 @@ class Gate:
             message = "without a token this server answers under loopback names alone; start it with --token-env."
             raise RequestError(403, "Host", message)
         if self._token is not None and scope["path"] not in OPEN_PATHS:
-            given = headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, f"Bearer {self._token}".encode("latin-1")):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self._token.encode("latin-1"))
+            if not right or scheme.lower() != "bearer":
                 message = "expected the header 'Authorization: Bearer TOKEN' with this server's token."
                 raise RequestError(401, "Authorization", message, **{"WWW-Authenticate": "Bearer"})
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -113,11 +112,11 @@ def is_loopback_host(header: str) -> bool:
         return False
 
 
-async def _read_body(receive: Receive, limits: Limits) -> bytes | None:
-    """The whole body, or None when the client has gone.
+async def _read_body(receive: Receive, limits: Limits) -> bytes:
+    """The whole body.
 
     Raises:
-        RequestError: if it is too large or too slow.
+        RequestError: if it is too large or too slow, or the client has gone.
     """
     body = bytearray()
     try:
@@ -126,7 +125,7 @@ async def _read_body(receive: Receive, limits: Limits) -> bytes | None:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    return None
+                    raise RequestError(499, BODY, "the client has gone.")  # is counted, and read by nobody
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
                 if len(body) > limits.max_body_bytes:

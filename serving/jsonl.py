@@ -136,8 +136,8 @@ def parse_request(line: bytes) -> Request:
         raise ValueError('expected {"user": ..., "history": [item keys as strings, ...]}')
     user = content.get("user")
     try:
-        json.dumps(user, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError) as error:
+        json.dumps(user, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the user cannot be written again ({error})") from error
     return Request(user, history)
 

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,12 +135,15 @@ class Part:
     def discard(self) -> None:
         """Remove the folder, with the parts of all processes.
 
-        What tells of blocks goes first, so that a kill meanwhile leaves nothing that binds the next run; the locks go
-        last, so that the next run finds no file that is still to be removed.
+        The blocks go first, so that a kill meanwhile leaves nothing that binds the next run. The others leave as their
+        r.done goes: their locks are out of the way by then, and nothing is removed that the next run has made.
         """
-        kinds = (".blocks", "", ".json", ".done", ".lock")
-        for path in sorted(self.folder.glob("*"), key=lambda path: kinds.index(path.suffix if path.suffix in kinds else "")):
-            path.unlink(missing_ok=True)
+        order, own_lock = {".blocks": 0, ".json": 2, ".lock": 3, ".done": 4}, self.path("lock")
+        for path in sorted(
+            self.folder.glob("*"), key=lambda path: 5 if path == own_lock else order.get(path.suffix, 1)
+        ):
+            with suppress(OSError):
+                path.unlink()
         _remove_if_empty(self.folder)
 
     def close(self) -> None:
@@ -306,7 +309,5 @@ def _remove(folder: Path, rank: int) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    try:
+    with suppress(OSError):  # others have files there, or it is gone already
         folder.rmdir()
-    except OSError:  # others have files there, or it is gone already
-        return

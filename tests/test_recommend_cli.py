@@ -167,6 +167,21 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(t
     assert f"cannot write {output}: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
 
 
+def test_devices_and_files_that_are_read_are_not_replaced(run_folder, lines, tmp_path, capsys):
+    (tmp_path / "deny").write_text("item-2\n")
+    os.mkfifo(tmp_path / "pipe")
+    path = lines(request("u", "item-1"))
+    before = Path(path).read_bytes()
+    arguments = [run_folder, "--input", path, "--deny", str(tmp_path / "deny"), "--output"]
+    assert recommend.main([*arguments, str(tmp_path / "pipe")]) == 2
+    assert capsys.readouterr().err.endswith("pipe: it is no regular file. Choose another --output.\n")
+    for output in (path, str(tmp_path / "deny")):
+        assert recommend.main([*arguments, output]) == 2
+        assert capsys.readouterr().err == f"error: cannot replace {output}: it is read, too. Choose another --output.\n"
+    assert Path(path).read_bytes() == before
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_new_folder_for_the_output_is_made(run_folder, tmp_path):
     output = tmp_path / "new" / "out.txt"
     assert recommend.main([run_folder, "--history", "item-1", "--output", str(output)]) == 0

@@ -125,14 +125,16 @@ def exact_scores(
         max_beams: rows times nodes that the model reads at once.
 
     Yields:
-        item_ids [n] int64 and scores [B, n] fp32, every item once, in ascending order of code tuples. A row whose
-        history broke the model has NaN scores.
+        item_ids [n] int64 and scores [B, n] fp32, every item once, in ascending order of code tuples.
 
     Raises:
-        InputError: if the model has fewer codes than the trie.
+        InputError: if the model has fewer codes than the trie; and, behind the last item, if a logit was NaN or
+            infinite.
     """
-    for leaves, scores in _Walk(model, batch, trie, normalize).leaves(max_beams):
+    walk = _Walk(model, batch, trie, normalize)
+    for leaves, scores in walk.leaves(max_beams):
         yield trie.leaf_items[leaves.start : leaves.stop].long(), scores
+    raise_if_broken(walk.broken)
 
 
 @torch.no_grad()
@@ -184,6 +186,7 @@ def _top_k(
     walk = _Walk(model, batch, trie, normalize)
     for leaves, found in walk.leaves(max_beams):
         found_ids = trie.leaf_items[leaves.start : leaves.stop].long()
+        found = found.masked_fill(found.isnan(), -torch.inf)  # a beam passes over them, too
         if item_filter is not None:
             found = found.masked_fill(~_flags(item_filter, found_ids), -torch.inf)
         # Stable: of equal scores, those found earlier come first, which have the lower tuples.

@@ -118,7 +118,14 @@ class GenerativeRanker:
         self._device: torch.device | None = None
 
     def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
-        """The k likeliest items per history; see `Ranker.rank`. Results lie where the histories lie."""
+        """The k likeliest items per history; see `Ranker.rank`. Results lie where the histories lie.
+
+        Raises:
+            ValueError: if `allowed` is of other rows, or its flags of another catalogue.
+            InputError: if the model's logits are not finite.
+        """
+        if allowed is not None:
+            _check_filter(allowed, num_rows=len(histories), num_items=self._trie.num_item_ids)
         device = next(self.model.parameters()).device
         self._move_to(device)
         num_rows, home = len(histories), histories.item_ids.device
@@ -171,6 +178,16 @@ class GenerativeRanker:
         if query.allowed is not None:
             leaf_filter = self._trie.leaf_filter(query.allowed, query.allowed_before)
         return search_beams(self.model, tokens, self._trie, query.width, leaf_filter, self._normalize)
+
+
+def _check_filter(allowed: ItemFilter, *, num_rows: int, num_items: int) -> None:
+    """Parts of a filter of more rows would fit, and so would flags of another catalogue."""
+    num_flags = num_items if allowed.allowed is None else len(allowed.allowed)
+    if (len(allowed), num_flags) != (num_rows, num_items):
+        raise ValueError(
+            f"rank expected a filter of {num_rows} rows and, if any, flags of {num_items} items, "
+            f"got {len(allowed)} rows and {num_flags} flags."
+        )
 
 
 def last_items(histories: SeqBatch, max_history: int) -> SeqBatch:

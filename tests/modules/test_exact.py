@@ -116,6 +116,24 @@ def test_broken_logits_are_named():
 
     with pytest.raises(InputError, match=r"NaN or infinite logits at level 1 for 1 of 4 histories \(first: row 2\)"):
         exact_top_k(Broken((4, 6)), ROWS, PrefixTrie.from_semantic_ids(semantic_ids), 3)
+    with pytest.raises(InputError, match="NaN or infinite logits at level 1 for 1 of 4"):
+        list(exact_scores(Broken((4, 6)), ROWS, PrefixTrie.from_semantic_ids(semantic_ids)))
+
+
+@pytest.mark.parametrize("normalize", ["level", "children"])
+def test_items_below_children_of_probability_zero_are_not_listed(normalize):
+    """A model may rule codes out; where all children of a prefix are, their share among themselves is NaN."""
+
+    class Ruling(PrefixModel):
+        def step(self, state, codes, parents):
+            logits = super().step(state, codes, parents)
+            logits[..., :2] = -torch.inf if state.level == 2 else logits[..., :2]
+            return logits
+
+    trie = PrefixTrie.from_semantic_ids(torch.tensor([[0, 0], [0, 1], [1, 0], [1, 2]]))
+    got = exact_top_k(Ruling((2, 3)), ROWS, trie, 4, normalize=normalize)
+    assert got[0].tolist() == [[3, -1, -1, -1]] * 4
+    torch.testing.assert_close(got, beam_search(Ruling((2, 3)), ROWS, trie, 4, normalize=normalize))
 
 
 def test_a_model_of_fewer_codes_and_no_rows():

@@ -351,3 +351,17 @@ def test_last_items_without_a_wait_for_their_number(tape):
 def test_capacities(lengths, rows, items):
     query = Query(histories_of(lengths), 5).to_capacity(max_rows=100, max_history=20)
     assert (len(query.histories), len(query.histories.item_ids), query.histories.max_len) == (rows, items, 20)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_a_filter_of_other_rows_is_refused(rows):
+    *_, ranker = parts(batch_size=2)
+    with pytest.raises(ValueError, match=f"filter of 4 rows and.* got {rows} rows"):
+        ranker.rank(HISTORIES, 3, ItemFilter.from_lists([[3]] * rows, [True] * rows))
+
+
+@pytest.mark.parametrize("num_flags", [39, 41])
+def test_flags_of_another_catalogue_are_refused(num_flags):
+    *_, ranker = parts()
+    with pytest.raises(ValueError, match=f"flags of 40 items, got 4 rows and {num_flags} flags"):
+        ranker.rank(HISTORIES, 3, ItemFilter.for_all(torch.ones(num_flags, dtype=torch.bool), 4))

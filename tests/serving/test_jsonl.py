@@ -65,6 +65,7 @@ def test_lines_of_other_systems():
         (b"[]", "expected"),
         (b"null", "expected"),
         (rb'{"user": "\ud800", "history": []}', "the user cannot be written again"),
+        (b'{"user": NaN, "history": []}', "the user cannot be written again"),
         (b'{"user": 1' + b"0" * 5000 + b', "history": []}', "not JSON"),
     ],
 )

@@ -1,4 +1,6 @@
 import json
+import os
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -91,6 +93,58 @@ def test_one_at_a_time(tmp_path, monkeypatch):
         assert not is_locked(other.path("lock"))
         write(part)
     assert not is_locked(part.path("lock"))
+
+
+def test_a_run_that_ends_leaves_alone_what_the_next_one_begins(tmp_path):
+    """The next one waits for the same output, and begins while the first, published, has not left yet."""
+    output, published, begun, left = tmp_path / "out", threading.Event(), threading.Event(), threading.Event()
+
+    def write_next():
+        assert published.wait(30)
+        with open_part(output, 0, {}, restart=False) as part:
+            begun.set()
+            assert left.wait(30)
+            write(part)
+            part.publish(part.path("out"))
+
+    thread = threading.Thread(target=write_next)
+    thread.start()
+    with open_part(output, 0, {}, restart=False) as part:
+        part.append(0, 10, Answer("first\n", 1, []))
+        part.publish(part.path("out"))
+        published.set()
+        assert begun.wait(30)
+    left.set()
+    thread.join(30)
+    assert output.read_bytes() == WHOLE
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("num_removed", range(11))
+def test_a_kill_while_the_parts_are_removed_binds_nobody(tmp_path, monkeypatch, num_removed):
+    output, count, unlink = tmp_path / "out", 0, os.unlink
+
+    def remove(*args, **options):
+        nonlocal count
+        count += 1
+        if count > num_removed:
+            raise KeyboardInterrupt
+        unlink(*args, **options)
+
+    with open_part(output, 1, {"k": 1}, restart=False) as other, open_part(output, 0, {"k": 1}, restart=False) as part:
+        for one in (part, other):
+            write(one)
+            one.finish(5)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(os, "unlink", remove)
+            part.publish(part.path("out"))
+            raise KeyboardInterrupt
+    for rank in (1, 0):
+        with open_part(output, rank, {"k": 2 if num_removed > 1 else 1}, restart=False) as part:
+            write(part)
+            assert part.path("out").read_bytes() == WHOLE
+    part.discard()
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_tally_keeps_the_first_few_problems():

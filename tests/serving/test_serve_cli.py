@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import serve
+from data.schemas import InputError
 from tests.modules.tiny_artifact import save_tiny_artifact
 
 REPOSITORY = Path(serve.__file__).parent
@@ -50,14 +50,7 @@ def started(*arguments, **environment):
         else:
             pytest.fail("the server ended before it listened")
         client = Client(int(found[1]))
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                assert client.get("/healthz").status == 200
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        assert client.get("/healthz").status == 200
         yield process, client
     finally:
         process.kill()
@@ -67,11 +60,13 @@ def started(*arguments, **environment):
 def test_a_server_that_is_stopped_answers_what_it_accepted(run_folder, tmp_path):
     """The batch waits for company for two seconds; meanwhile the signal comes."""
     save = str(tmp_path / "grown")
+    needs_packages()
+    from tests.serving.running import metric, wait_until
+
     with started(run_folder, "--max-wait-ms", "2000", "--save", save) as (process, client):
         with ThreadPoolExecutor(3) as pool:
             asking = [pool.submit(client.post, "/recommend", {"history": [f"item-{item}"]}) for item in range(3)]
-            while "recommender_queue_histories 3.0" not in client.get("/metrics").text:
-                time.sleep(0.02)
+            wait_until(lambda: metric(client, "recommender_queue_histories") == 3)
             process.send_signal(signal.SIGTERM)
             replies = [future.result() for future in asking]
         assert process.wait(30) == 0
@@ -123,6 +118,8 @@ def test_the_served_artifact_may_be_saved_in_place(run_folder, tmp_path):
     serve.check_save(Path(run_folder, "model"), f"{run_folder}/model")
     serve.check_save(tmp_path / "new", run_folder)
     serve.check_save(None, run_folder)
+    with pytest.raises(InputError, match=f"is a run folder; to change the artifact in it: --save {run_folder}/model"):
+        serve.check_save(Path(run_folder), run_folder)
 
 
 def test_a_token_file(tmp_path):

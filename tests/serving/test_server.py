@@ -194,6 +194,16 @@ def test_a_body_that_does_not_come_ends():
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
+def test_a_client_that_goes_before_its_body_is_no_fault_of_the_server():
+    head = "POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(Slow(), limits=SMALL) as client:
+        with socket.create_connection((client.host, client.port), timeout=30) as connection:
+            connection.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())
+        counted = 'recommender_requests_total{path="/recommend",status="%s"}'
+        wait_until(lambda: metric(client, counted % 499) == 1)
+        assert metric(client, counted % 500) is None
+
+
 def test_only_json_is_read(client):
     """A form of another site can send text/plain without asking first."""
     for media_type in ("text/plain", "application/x-www-form-urlencoded", ""):
@@ -264,10 +274,16 @@ def test_the_token(artifact):
     service = RecommendService(Recommender.from_pretrained(artifact, device="cpu"))
     with running(service, token="s3cret") as client:
         for path in ("/items", "/metrics", "/openapi.json", "/nothing"):
-            for header in ({}, {"Authorization": "Bearer S3cret"}, {"Authorization": "s3cret"}):
+            for header in (
+                {},
+                {"Authorization": "Bearer S3cret"},
+                {"Authorization": "s3cret"},
+                {"Authorization": "Basic s3cret"},
+            ):
                 reply = client.get(path, **header)
                 assert (reply.status, reply.field) == (401, "Authorization")
         assert client.post("/items", {"remove": ["item-1"]}).status == 401
+        assert client.get("/items", Authorization="bearer  s3cret").status == 200
         assert client.get("/items", Authorization="Bearer s3cret", Host="shop.example").content["num_items"] == 12
         assert (client.get("/").status, client.get("/healthz").status) == (200, 200)
 
