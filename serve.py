@@ -149,7 +149,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         )
     if args.max_k < DEFAULT_K:
         raise InputError(f"--max-k {args.max_k} is less than {DEFAULT_K}, which requests get that do not say.")
-    if not (args.timeout > 0 and args.max_wait_ms >= 0):
+    if not (0 < args.timeout < math.inf and 0 <= args.max_wait_ms < math.inf):
         raise InputError(
             f"expected --timeout above 0 and --max-wait-ms from 0, got {args.timeout}, {args.max_wait_ms}."
         )

@@ -86,9 +86,13 @@ class ItemLists:
         if keys is None:
             return None
         unknown: dict[str, None] = {}
-        rows = [None if row is None else set(self._known(row, unknown)) for row in keys]
+        sets: dict[int, set[int]] = {}  # a collection that several rows share, such as what is in stock, is read once
+        rows = list(keys)
+        for row in rows:
+            if row is not None and id(row) not in sets:
+                sets[id(row)] = set(self._known(row, unknown))
         self._warn(name, unknown)
-        return rows
+        return [None if row is None else sets[id(row)] for row in rows]
 
     def _known(self, keys: Collection[str], unknown: dict[str, None]) -> list[int]:
         """Ids of the known keys; the others are added to `unknown`."""

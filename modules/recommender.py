@@ -250,9 +250,10 @@ class Recommender:
             raise InputError(f"the ranker {type(self.ranker).__name__} cannot change its catalogue. Load it again.")
         refresh(tokenizer)
         added = tokenizer.catalogue.item_keys[len(self.catalogue) :]
-        self._item_ids.update(zip(added, range(len(self.catalogue), len(tokenizer.catalogue)), strict=True))
+        new_ids = range(len(self.catalogue), len(tokenizer.catalogue))
         self.artifact = replace(artifact, tokenizer=tokenizer)
         self.catalogue = tokenizer.catalogue
+        self._item_ids.update(zip(added, new_ids, strict=True))  # last: who looks up a key finds all of the item
 
     def _at_most(self, k: int) -> int:
         return min(k, len(self.catalogue))

@@ -72,7 +72,8 @@ class Answerer:
 def as_json(_: Recommender, request: Request, items: RankedList) -> str:
     """One line of JSON."""
     places = [{"item_key": item.item_key, "score": item.score, "title": item.title} for item in items]
-    return json.dumps({"user": request.user, "items": places}, ensure_ascii=False) + "\n"
+    content = {"user": request.user, "items": places, "complete": items.complete}
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def as_table(recommender: Recommender, request: Request, items: RankedList) -> str:

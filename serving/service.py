@@ -91,9 +91,8 @@ class RecommendService:
                 outcomes[place] = error
             else:
                 groups[self._width(query.k)].append((place, rows))
-        for members in groups.values():
-            k = max(queries[place].k for place, _ in members)
-            lists = iter(self._recommend([row for _, rows in members for row in rows], k))
+        for width, members in groups.items():
+            lists = iter(self._recommend([row for _, rows in members for row in rows], width))
             for place, rows in members:
                 outcomes[place] = {"lists": [self._list(row, next(lists), queries[place].k) for row in rows]}
         return outcomes
@@ -111,7 +110,8 @@ class RecommendService:
             if len(item.features or ()) != width:
                 message = f"expected {width} numbers as in add[0], got {len(item.features or ())}."
                 raise RequestError(422, f"add[{place}].features", message)
-        return np.array([item.features for item in items], dtype=np.float32).reshape(len(items), width)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is refused
+            return np.array([item.features for item in items], dtype=np.float32).reshape(len(items), width)
 
     def add(self, items: Sequence[NewItem], features: np.ndarray) -> Content:
         """Add items; the content of the response says which semantic ids they got."""
@@ -170,7 +170,9 @@ class RecommendService:
         return index
 
     def _width(self, k: int) -> int:
-        return max(k, getattr(self._recommender.ranker, "beam_width", k))
+        """The ranker's beam width, or for longer lists one of a few: on a GPU every width is recorded by itself."""
+        width = getattr(self._recommender.ranker, "beam_width", k)
+        return width if k <= width else 1 << (k - 1).bit_length()
 
     def _rows(self, query: RecommendBody) -> list[_Row]:
         """RequestError if a history has no item that the catalogue knows."""
@@ -213,7 +215,7 @@ class RecommendService:
 
     def _encoded(self, texts: Sequence[dict[str, str]]) -> np.ndarray:
         if self._encode_texts is None:
-            raise RequestError(422, "add[0].text", "this server was started without a text encoder; send features.")
+            raise RequestError(422, "add[0].text", "this server has no encoder for texts; send features.")
         try:
             return self._encode_texts(texts)
         except InputError as error:

@@ -64,7 +64,8 @@ def test_json_lines_in_and_out(run_folder, lines, tmp_path):
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["user"] for line in written] == ["u1", 7, None]
     for line in written:
-        assert sorted(line) == ["items", "user"]
+        assert sorted(line) == ["complete", "items", "user"]
+        assert line["complete"] is True
         assert [sorted(item) for item in line["items"]] == [["item_key", "score", "title"]] * 3
         scores = [item["score"] for item in line["items"]]
         assert scores == sorted(scores, reverse=True)

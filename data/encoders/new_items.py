@@ -43,9 +43,14 @@ class NewItemEncoder:
             folder: of the sentence-transformers model, if it was a local one.
 
         Raises:
-            InputError: if the folder holds another model.
+            InputError: if the folder is none, holds another model, or is given though no model made the features.
         """
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"there is no folder {folder}; expected one of a sentence-transformers model.")
         if features.get("encoder") != "sentence_transformers" or not features.get("template"):
+            if folder is not None:
+                made_by = features.get("encoder", "unknown")
+                raise InputError(f"{folder} is of no use: the features are not of such a model ({made_by}).")
             return None
         wanted = features.get("model_sha256")
         if folder is None and wanted is not None:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -53,8 +55,15 @@ def test_unknown_fields_are_refused_before_the_model_is_loaded():
         {**FEATURES, "model": "folder", "model_sha256": "0" * 64},
     ],
 )
-def test_where_new_texts_cannot_be_encoded_like_the_others(features):
+def test_where_new_texts_cannot_be_encoded_like_the_others(features, tmp_path):
     assert NewItemEncoder.of(features) is None
+    with pytest.raises(InputError, match=f"{tmp_path} is "):
+        NewItemEncoder.of(features, tmp_path)
+
+
+def test_a_folder_that_is_none_is_not_taken_for_a_model_of_the_hub(tmp_path):
+    with pytest.raises(InputError, match="there is no folder owner/other"):
+        NewItemEncoder.of(FEATURES, Path("owner/other"))
 
 
 def test_a_local_model_is_known_by_its_content(tmp_path):

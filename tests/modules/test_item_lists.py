@@ -80,3 +80,19 @@ def test_a_frozenset_is_read_once_until_the_catalogue_grows():
     before = lists.item_filter([[]], allow=keys).allowed
     keys.append("b")  # a list may change, and is read every time
     assert not torch.equal(lists.item_filter([[]], allow=keys).allowed, before)
+
+
+def test_a_collection_that_rows_share_is_read_once():
+    class Counted(list):
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            return super().__iter__()
+
+    lists, shared = ItemLists({"a": 0, "b": 1, "c": 2}), Counted(["a", "b"])
+    lists.item_filter([[]], allow=[shared])
+    reads_of_one_row, shared.reads = shared.reads, 0
+    found = lists.item_filter([[0], [1], [], []], allow=[shared, shared, ["c"], shared])
+    assert shared.reads == reads_of_one_row
+    assert found.flags(3).int().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 1, 0]]

@@ -126,7 +126,7 @@ def test_one_search_per_beam_width(recommender, monkeypatch):
     )
     bodies = [RecommendBody(histories=[["item-1"]], k=k) for k in (2, 7, 5, 12, 1)]
     answers = RecommendService(recommender).answer(bodies)
-    assert asked == [(3, 5), (1, 7), (1, 12)]
+    assert asked == [(3, 5), (1, 8), (1, 12)]  # 12 items in all, or it would be 16
     assert [len(answer["lists"][0]["items"]) for answer in answers] == [2, 7, 5, 12, 1]
 
 
@@ -154,6 +154,7 @@ def test_one_search_per_beam_width(recommender, monkeypatch):
         ("POST", "/items", {"add": [{"item_key": "a", "features": [1.0] * 5}]}, 422, "add"),
         ("POST", "/items", b'{"add": [{"item_key": "\\udc00", "features": [1]}]}', 422, "add[0].item_key"),
         ("POST", "/items", b'{"add": [{"item_key": "a", "features": [NaN, 1, 1, 1, 1, 1]}]}', 422, "add"),
+        ("POST", "/items", {"add": [{"item_key": "a", "features": [1e39] * 6}]}, 422, "add"),
         ("POST", "/items", {"add": [{"item_key": "item-1", "features": [1.0] * 6}]}, 422, "add"),
         ("POST", "/items", {"add": [{"item_key": "a", "features": [1.0] * 6}] * 2}, 422, "add"),
         ("GET", "/items?limit=0", None, 422, "limit"),
