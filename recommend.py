@@ -5,13 +5,13 @@
     torchrun --nproc_per_node 4 recommend.py runs/beauty --input histories.jsonl --output recommended.jsonl
 
 One line of the input is {"user": ..., "history": [item_key, ...]}, oldest item first; one line of the JSON output is
-{"user": ..., "items": [{"item_key": ..., "score": ..., "title": ...}, ...], "complete": ...}, the last false where fewer
-items than asked for may be listed. The user, if any, is the data source's own key, which models with a user token read.
-Lines that cannot be used are reported with their number, the rest goes on, and the exit code is 2.
+{"user": ..., "items": [{"item_key": ..., "score": ..., "title": ...}, ...], "complete": ...}, the last false where
+fewer items than asked for may be listed. The user, if any, is the data source's own key, which models with a user token
+read. Lines that cannot be used are reported with their number, the rest goes on, and the exit code is 2.
 
 A run with --input and --output that was stopped or killed goes on where it was when it is started again with the same
 arguments, and the output is the same as if nothing had happened; it appears under its name when it is whole. Several
-processes share the work, and write what one would have written.
+processes share the work, and write what one with as many threads would have written.
 """
 
 from __future__ import annotations
