@@ -272,7 +272,16 @@ def many_lines(lines, number):
 
 
 @pytest.fixture
-def uninterrupted(run_folder, lines, tmp_path, capsys):
+def one_thread():
+    """As the processes that are compared have: with another number of threads the last digits of scores differ."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def uninterrupted(one_thread, run_folder, lines, tmp_path, capsys):
     """An input of 60 lines, the arguments of its run but for the output, and what one run writes."""
     arguments = [run_folder, "--input", many_lines(lines, 60), "--format", "json", "--top-k", "3", "--batch-size", "4"]
     arguments += ["--device", "cpu"]
@@ -397,14 +406,7 @@ def test_two_processes_write_what_one_does_also_after_one_of_them_was_killed(uni
 
 @pytest.mark.slow
 def test_under_torchrun(uninterrupted, tmp_path):
-    """As one process with the same number of threads; with another one the last digits of scores differ."""
-    arguments, _ = uninterrupted
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert recommend.main([*arguments, "--output", str(tmp_path / "one")]) == 2
-    finally:
-        torch.set_num_threads(num_threads)
+    arguments, expected = uninterrupted
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, "recommend.py", *arguments, "--output", str(tmp_path / "out")],
@@ -416,7 +418,7 @@ def test_under_torchrun(uninterrupted, tmp_path):
     )
     assert done.returncode == 1, done.stderr  # the launcher's answer to our 2
     assert "skipped 6 of 60 lines" in done.stderr
-    assert (tmp_path / "out").read_bytes() == (tmp_path / "one").read_bytes()
+    assert (tmp_path / "out").read_bytes() == expected
 
 
 def test_several_processes_need_lines_and_an_output(run_folder, lines, monkeypatch, capsys):

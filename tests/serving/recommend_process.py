@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import sys
 
+import torch
+
 import recommend
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -19,4 +21,5 @@ def start(*argv, **environment):
 
 def _run(argv, environment):
     os.environ.update(environment)
+    torch.set_num_threads(1)  # with another number of threads the last digits of scores differ
     sys.exit(recommend.main(argv))
