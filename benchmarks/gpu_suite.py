@@ -12,6 +12,7 @@ safetensors and pytest; without transformers there is no comparison with T5, wit
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -199,9 +200,11 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str] | str]:
     prepared = None if arguments.prepared is None else arguments.prepared.resolve()
     lengths = [] if prepared is None else ["--lengths", str(prepared / "dataset")]
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
+    # Each test compiles kernels of its own, on one processor core: side by side where pytest-xdist is there.
+    in_parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     found: dict[str, list[str] | str] = {
         "gpu_tests": [*pytest, "-m", "gpu", *gpu_test_files()],
-        "kernel_tests": [*pytest, "tests/kernels"],
+        "kernel_tests": [*pytest, *in_parallel, "tests/kernels"],
     }
     for name in TIMED:
         found[name] = [python, "-m", f"benchmarks.{name}", *common, *(lengths if name in WITH_LENGTHS else [])]
