@@ -256,7 +256,7 @@ class ItemFilter:
     """Which items each row of a batch may get: a set of items per row, and flags for all rows.
 
     Attributes:
-        item_ids: [T] int64, the rows' sets, packed; T >= offsets[-1], ids behind it belong to no row.
+        item_ids: [T] int64 in 0..N-1, the rows' sets, packed; T >= offsets[-1], ids behind it belong to no row.
         offsets: [B+1] int32 row boundaries.
         only: [B] bool; true where a row may get nothing but its set, false where it may get anything but its set.
         allowed: [N] bool, the items that any row may get; None is all.

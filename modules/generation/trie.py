@@ -105,7 +105,7 @@ class PrefixTrie:
         return pad(allowed[self.leaf_items].cumsum(0, dtype=torch.int32), (1, 0))
 
     def leaf_filter(self, item_filter: ItemFilter, allowed_before: Tensor | None = None) -> ops.LeafFilter:
-        """An item filter as `ops.trie_topk_step` takes it, in memory that grows with the sets alone.
+        """An item filter as `ops.trie_topk_step` takes it: memory as the sets, and with flags one number per item.
 
         Repeated items count once; items that are not in the trie, or not allowed for all rows, drop out of the sets.
         A GPU's host does not wait.
