@@ -246,7 +246,7 @@ def test_a_late_answer_is_504_and_the_server_goes_on():
         late = client.post("/recommend", {"history": ["a"]})
         assert (late.status, late.field) == (504, None)
         slow.release.set()
-        assert client.post("/recommend", {"history": ["a"]}).status == 200
+        wait_until(lambda: client.post("/recommend", {"history": ["a"]}).status == 200)  # a busy machine may be late
 
 
 def test_a_fault_is_500_and_says_nothing_of_the_inside():
