@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.catalogues import random_semantic_ids
 from benchmarks.common import begin, finish, parser, synchronize
 from benchmarks.histories import LEVEL_SIZES, NUM_ITEMS
 from data.batching import evaluation_batches
@@ -39,14 +40,7 @@ class RandomTokenizer:
     """What ranking uses of a tokenizer, with distinct random codes."""
 
     def __init__(self, num_items: int, code_sizes: tuple[int, ...]) -> None:
-        generator = torch.Generator().manual_seed(1)
-        codes = torch.stack([torch.randint(size, (num_items,), generator=generator) for size in code_sizes], dim=1)
-        _, group = codes.unique(dim=0, return_inverse=True)
-        order = group.argsort(stable=True)
-        starts = torch.nn.functional.pad(group.bincount().cumsum(0), (1, 0))[:-1]
-        dedup = torch.empty_like(group)
-        dedup[order] = torch.arange(num_items) - starts[group[order]]
-        self.semantic_ids = torch.cat([codes, dedup[:, None]], dim=1)
+        self.semantic_ids = random_semantic_ids(num_items, code_sizes)
         self.level_sizes = (*code_sizes, LEVEL_SIZES[-1])
         self.language = "text"
         self.num_items = num_items

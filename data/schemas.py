@@ -181,6 +181,13 @@ class Split:
         return getattr(self, role)
 
 
+def _packed(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """[T] int64 of all rows, and their boundaries [B+1] int32."""
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    offsets[1:] = torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0)
+    return torch.tensor([item for row in rows for item in row], dtype=torch.int64), offsets
+
+
 @dataclass(frozen=True, eq=False)
 class SeqBatch:
     """A jagged batch of item histories.
@@ -243,11 +250,8 @@ class SeqBatch:
     @classmethod
     def from_lists(cls, histories: list[list[int]]) -> "SeqBatch":
         """A batch without users and targets from Python lists of item ids; rows may be empty."""
-        lengths = torch.tensor([len(history) for history in histories], dtype=torch.int64)
-        offsets = torch.zeros(len(histories) + 1, dtype=torch.int32)
-        offsets[1:] = lengths.cumsum(0)
-        item_ids = torch.tensor([item for history in histories for item in history], dtype=torch.int64)
-        max_len = int(lengths.max()) if len(histories) else 0
+        item_ids, offsets = _packed(histories)
+        max_len = max(map(len, histories), default=0)
         return cls(item_ids, offsets, max_len, torch.zeros(len(histories), dtype=torch.int64))
 
 
@@ -275,9 +279,7 @@ class ItemFilter:
         cls, item_ids: list[list[int]], only: list[bool] | None = None, allowed: Tensor | None = None
     ) -> "ItemFilter":
         """From Python lists of item ids, one per row; by default each row may get anything but its list."""
-        offsets = torch.zeros(len(item_ids) + 1, dtype=torch.int32)
-        offsets[1:] = torch.tensor([len(row) for row in item_ids]).cumsum(0)
-        packed = torch.tensor([item for row in item_ids for item in row], dtype=torch.int64)
+        packed, offsets = _packed(item_ids)
         return cls(packed, offsets, torch.tensor(only or [False] * len(item_ids), dtype=torch.bool), allowed)
 
     @classmethod

@@ -90,9 +90,7 @@ def search_beams(
     broken = []
     for level in range(trie.num_code_levels):
         logits = model.step(state, codes, parents)
-        _check_num_codes(logits, trie, level)
-        # The maximum is NaN, +inf or -inf exactly when no distribution can be made of the logits.
-        broken.append(~logits.amax(-1).isfinite().all(1))
+        broken.append(broken_rows(logits, trie, level))
         parents, codes, nodes, scores = _best_children(
             trie, level, logits, nodes, scores, beam_width, normalize, leaf_filter
         )
@@ -143,12 +141,18 @@ def _ranked_items(trie: PrefixTrie, leaves: Tensor, scores: Tensor, width: int) 
     return pad(item_ids, (0, missing), value=NO_ITEM), pad(scores, (0, missing), value=-torch.inf)
 
 
-def _check_num_codes(logits: Tensor, trie: PrefixTrie, level: int) -> None:
+def broken_rows(logits: Tensor, trie: PrefixTrie, level: int) -> Tensor:
+    """[B] bool, rows of whose logits [B, W, K] no distribution can be made; InputError if K is less than the trie has.
+
+    A GPU's host does not wait.
+    """
     if logits.shape[-1] < trie.min_codes[level]:
         raise InputError(
-            f"beam_search expected at least {trie.min_codes[level]} codes of level {level} from the model, "
+            f"generation expected at least {trie.min_codes[level]} codes of level {level} from the model, "
             f"got {logits.shape[-1]}. Use the tokenizer that the model was trained with."
         )
+    # The maximum is NaN, +inf or -inf exactly when no distribution can be made of the logits.
+    return ~logits.amax(-1).isfinite().all(1)
 
 
 def raise_if_broken(broken: Tensor) -> None:

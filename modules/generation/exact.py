@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from data.schemas import NO_ITEM, InputError, ItemFilter, TokenizedSeqBatch
-from modules.generation.beam import Normalize, StepModel, raise_if_broken
-from modules.generation.ranker import GenerativeRanker, Query
+import ops
+from data.schemas import NO_ITEM, ItemFilter, TokenizedSeqBatch
+from modules.generation.beam import Normalize, StepModel, broken_rows, raise_if_broken
+from modules.generation.ranker import GenerativeRanker
 from modules.generation.trie import PrefixTrie
 
 _MAX_BEAMS = 8192
@@ -45,7 +45,7 @@ class _Walk:
 
     def __init__(self, model: StepModel, batch: TokenizedSeqBatch, trie: PrefixTrie, normalize: Normalize) -> None:
         self._model, self._batch, self._trie, self._normalize = model, batch, trie, normalize
-        self.broken = torch.zeros(trie.num_levels, len(batch), dtype=torch.bool, device=trie.device)
+        self.broken = torch.zeros(trie.num_code_levels, len(batch), dtype=torch.bool, device=trie.device)
 
     def leaves(self, max_beams: int) -> Iterator[tuple[range, Tensor]]:
         """Consecutive leaves and their scores [B, n] fp32, all leaves in order."""
@@ -79,12 +79,7 @@ class _Walk:
     def _log_probabilities(self, state: Any, level: int, prefixes: _Prefixes, parents: Tensor, codes: Tensor) -> Tensor:
         """[B, E] fp32 of all edges that leave the nodes."""
         logits = self._model.step(state, *(self._for_all_rows(column) for column in (prefixes.codes, prefixes.parents)))
-        if logits.shape[-1] < self._trie.min_codes[level]:
-            raise InputError(
-                f"exact scoring expected at least {self._trie.min_codes[level]} codes of level {level} from the model, "
-                f"got {logits.shape[-1]}. Use the tokenizer that the model was trained with."
-            )
-        self.broken[level] |= ~logits.amax(-1).isfinite().all(1)
+        self.broken[level] |= broken_rows(logits, self._trie, level)
         logits = logits.float()
         own = logits[:, parents, codes]
         if self._normalize == "children":
@@ -166,7 +161,8 @@ def exact_top_k(
     Raises:
         InputError: if a logit is NaN or infinite, or the model has fewer codes than the trie.
     """
-    item_ids, scores, broken = _top_k(model, batch, trie, k, item_filter, normalize, max_beams)
+    leaf_filter = None if item_filter is None else trie.leaf_filter(item_filter)
+    item_ids, scores, broken = _top_k(model, batch, trie, k, leaf_filter, normalize, max_beams)
     raise_if_broken(broken)
     return item_ids, scores
 
@@ -176,35 +172,26 @@ def _top_k(
     batch: TokenizedSeqBatch,
     trie: PrefixTrie,
     k: int,
-    item_filter: ItemFilter | None,
+    leaf_filter: ops.LeafFilter | None,
     normalize: Normalize,
     max_beams: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`exact_top_k` and broken [L, B]."""
     item_ids = torch.full((len(batch), k), NO_ITEM, device=trie.device)
     scores = torch.full((len(batch), k), -torch.inf, device=trie.device)
+    rows = torch.arange(len(batch), device=trie.device)[:, None]
     walk = _Walk(model, batch, trie, normalize)
     for leaves, found in walk.leaves(max_beams):
         found_ids = trie.leaf_items[leaves.start : leaves.stop].long()
         found = found.masked_fill(found.isnan(), -torch.inf)  # a beam passes over them, too
-        if item_filter is not None:
-            found = found.masked_fill(~_flags(item_filter, found_ids), -torch.inf)
+        if leaf_filter is not None:
+            first = torch.arange(leaves.start, leaves.stop, device=trie.device).expand_as(found)
+            found = found.masked_fill(~leaf_filter.permits(rows.expand_as(found), first, first + 1), -torch.inf)
         # Stable: of equal scores, those found earlier come first, which have the lower tuples.
         scores, order = torch.cat([scores, found], dim=1).sort(dim=1, descending=True, stable=True)
         item_ids = torch.cat([item_ids, found_ids.expand(len(batch), -1)], dim=1).gather(1, order)
         scores, item_ids = scores[:, :k].contiguous(), item_ids[:, :k].contiguous()
     return item_ids.masked_fill(scores == -torch.inf, NO_ITEM), scores, walk.broken
-
-
-def _flags(item_filter: ItemFilter, item_ids: Tensor) -> Tensor:
-    """[B, n] bool: which of some distinct items [n] each row may get."""
-    ordered, order = item_ids.sort()
-    places = torch.searchsorted(ordered, item_filter.item_ids).clamp(max=len(ordered) - 1)
-    is_among = ordered[places] == item_filter.item_ids
-    columns = torch.where(is_among, order[places], len(ordered))
-    allowed = None if item_filter.allowed is None else pad(item_filter.allowed[item_ids], (0, 1))
-    among = ItemFilter(columns, item_filter.offsets, item_filter.only, allowed)
-    return among.flags(len(item_ids) + 1)[:, :-1]
 
 
 class ExactRanker(GenerativeRanker):
@@ -217,13 +204,7 @@ class ExactRanker(GenerativeRanker):
         super().__init__(*arguments, **{**settings, "cuda_graphs": False})
         self._max_beams = max_beams
 
-    def _find(self, query: Query) -> tuple[Tensor, Tensor, Tensor]:
-        return _top_k(
-            self.model,
-            self._tokenize(query.histories),
-            self._trie,
-            query.width,
-            query.allowed,
-            self._normalize,
-            self._max_beams,
-        )
+    def _search_trie(
+        self, tokens: TokenizedSeqBatch, width: int, leaf_filter: ops.LeafFilter | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _top_k(self.model, tokens, self._trie, width, leaf_filter, self._normalize, self._max_beams)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ops
-from data.schemas import NO_ITEM, InputError, ItemFilter, SeqBatch
+from data.schemas import NO_ITEM, InputError, ItemFilter, SeqBatch, TokenizedSeqBatch
 from modules.generation.beam import Normalize, raise_if_broken, search_beams
 from modules.generation.trie import PrefixTrie
 from modules.model import EncoderDecoderRetrievalModel
@@ -31,7 +31,7 @@ class Query:
         histories: B rows, without targets.
         width: of the beam.
         allowed: of the B rows, or None.
-        allowed_before: of `allowed.allowed`, from the trie's function of that name; None where that is None.
+        allowed_before: flags for all rows, from the trie's function of that name, in place of `allowed.allowed`.
     """
 
     histories: SeqBatch
@@ -167,17 +167,20 @@ class GenerativeRanker:
         """What is the same for all rows is brought to the device, and summed up, once for all parts."""
         if query.allowed is None or query.allowed.allowed is None:
             return query
-        flags = query.allowed.allowed.to(self._trie.device)
-        return replace(
-            query, allowed=replace(query.allowed, allowed=flags), allowed_before=self._trie.allowed_before(flags)
-        )
+        sums = self._trie.allowed_before(query.allowed.allowed.to(self._trie.device))
+        return replace(query, allowed=replace(query.allowed, allowed=None), allowed_before=sums)
 
     def _find(self, query: Query) -> tuple[Tensor, Tensor, Tensor]:
         """What `search_beams` returns."""
-        tokens, leaf_filter = self._tokenize(query.histories), None
+        leaf_filter = None
         if query.allowed is not None:
             leaf_filter = self._trie.leaf_filter(query.allowed, query.allowed_before)
-        return search_beams(self.model, tokens, self._trie, query.width, leaf_filter, self._normalize)
+        return self._search_trie(self._tokenize(query.histories), query.width, leaf_filter)
+
+    def _search_trie(
+        self, tokens: TokenizedSeqBatch, width: int, leaf_filter: ops.LeafFilter | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return search_beams(self.model, tokens, self._trie, width, leaf_filter, self._normalize)
 
 
 def _check_filter(allowed: ItemFilter, *, num_rows: int, num_items: int) -> None:
