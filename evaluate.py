@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,13 +134,7 @@ def _drawn(ranges: Ranges, max_users: int | None, seed: int) -> Ranges:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        args = parse_arguments(argv)
-    except SystemExit as leaving:  # argparse has printed its help or message
-        return leaving.code if isinstance(leaving.code, int) else 2
-    from training.cli import run_cli
-
-    return run_cli(lambda _: evaluate(args), argv)
+    return run_script(parse_arguments, evaluate, argv)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -200,6 +194,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--beam-width", type=positive_int, metavar="W", help="beams per history (the artifact's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     return parser.parse_args(argv)
+
+
+def run_script(
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    command: Callable[[argparse.Namespace], int],
+    argv: Sequence[str],
+) -> int:
+    """Parse the arguments and run the command; torch is imported in between, so that --help is quick."""
+    try:
+        args = parse(argv)
+    except SystemExit as leaving:  # argparse has printed its help or message
+        return leaving.code if isinstance(leaving.code, int) else 2
+    from training.cli import run_cli
+
+    return run_cli(lambda _: command(args), argv)
 
 
 def positive_int(text: str) -> int:

@@ -21,12 +21,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluate import check_writable, positive_int
+from evaluate import check_writable, positive_int, run_script
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help is quick
     from serving.answers import Answerer
@@ -36,18 +36,12 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help is quick
 MAX_SHOWN_WARNINGS = 10
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        args = parse_arguments(argv)
-    except SystemExit as leaving:  # argparse has printed its help or message
-        return leaving.code if isinstance(leaving.code, int) else 2
-    from training.cli import run_cli
-
-    return run_cli(lambda _: recommend(args), argv)
+    return run_script(parse_arguments, recommend, argv)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as a namespace; exits with code 2 on bad usage."""
     parser = argparse.ArgumentParser(
         prog="recommend.py", description="Recommend items for histories, from a trained model."

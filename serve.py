@@ -19,13 +19,14 @@ import math
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluate import positive_int
+from evaluate import positive_int, run_script
 
 if TYPE_CHECKING:  # torch and the web framework are imported where they are used, so that --help is quick
     import uvicorn
@@ -38,18 +39,12 @@ KEEP_ALIVE_SECONDS = 75
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        args = parse_arguments(argv)
-    except SystemExit as leaving:  # argparse has printed its help or message
-        return leaving.code if isinstance(leaving.code, int) else 2
-    from training.cli import run_cli
-
-    return run_cli(lambda _: serve(args), argv)
+    return run_script(parse_arguments, serve, argv)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as a namespace; exits with code 2 on bad usage."""
     parser = argparse.ArgumentParser(prog="serve.py", description="Serve recommendations of a trained model over HTTP.")
     parser.add_argument("artifact", metavar="RUN_OR_ARTIFACT", help="run folder, model artifact or Hub id")
