@@ -13,12 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.joined_rows import RowMatrix
+from data.mapped_rows import exceeds_memory, gather_rows, is_memory_mapped
+from data.read_ahead import ReadAhead
 from data.schemas import Histories, InputError, Ranges, SeqBatch, Split
 
 CPU = torch.device("cpu")
 
 _SAMPLED_STEPS = 16
 """From whose sizes the capacities of batches are chosen."""
+_HELD_OUT_STREAM = 2
+"""Tells the random numbers of `held_out_rows` from those of epochs (0) and windows (1)."""
+_COPIED_ROWS = 65_536
+"""Rows copied to a device at once."""
 
 
 class ExampleStrategy(enum.Enum):
@@ -99,15 +106,24 @@ class ShuffledEpochs:
         num_examples: examples per epoch.
         batch_size: examples per process and step; a batch may cross an epoch's end.
         seed: fixes the order.
+        run_length: consecutive examples that stay together; runs begin elsewhere in every epoch.
         process_index, num_processes: this process's share of each global batch.
     """
 
     def __init__(
-        self, num_examples: int, batch_size: int, seed: int, *, process_index: int = 0, num_processes: int = 1
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        run_length: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+        if batch_size < 1 or run_length < 1:
+            raise InputError(f"batch_size and run_length must be at least 1, got {batch_size} and {run_length}.")
         self.num_examples = num_examples
+        self._run_length = run_length
         self._batch_size = batch_size
         self._seed = seed
         self._process_index = process_index
@@ -121,47 +137,93 @@ class ShuffledEpochs:
         return [(int(epoch), self._order(int(epoch))[positions[epochs == epoch]]) for epoch in np.unique(epochs)]
 
     def _draw_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch, 0]).permutation(self.num_examples)
+        generator = np.random.default_rng([self._seed, epoch, 0])
+        if self._run_length == 1:
+            return generator.permutation(self.num_examples)
+        starts = generator.permutation(np.arange(0, self.num_examples, self._run_length))
+        order = (starts[:, None] + np.arange(self._run_length)).ravel()
+        return (order[order < self.num_examples] + generator.integers(self.num_examples)) % self.num_examples
+
+
+@dataclass(frozen=True, eq=False)
+class _StepRows:
+    """Row numbers of each step and their features on the host; apart from `FeatureBatches`, so that a thread that
+    reads ahead does not keep it alive.
+    """
+
+    features: RowMatrix
+    rows: np.ndarray | None
+    epochs: ShuffledEpochs
+    from_disk: bool
+
+    def numbers(self, step: int) -> np.ndarray:
+        """[B] rows of the features."""
+        chosen = np.concatenate([examples for _, examples in self.epochs.examples(step)])
+        return chosen if self.rows is None else self.rows[chosen]
+
+    def values(self, step: int) -> Tensor:
+        """[B, D] float32."""
+        return torch.from_numpy(gather_rows(self.features, self.numbers(step), from_disk=self.from_disk))
 
 
 class FeatureBatches:
-    """Batches of feature rows, read from memory or a memory-mapped matrix.
+    """Batches of feature rows, read from memory or from memory-mapped files.
+
+    Memory maps stay where they are, and a thread reads the next batches while the present one is trained on.
 
     Args:
-        features: [N, D] float matrix.
+        features: [N, D] numbers: an array, a memory map, or several joined.
         batch_size: rows per process and step.
         seed: fixes the order.
+        rows: [M] numbers of the rows to take, each once; None: all.
+        run_length: rows that follow each other in `rows` and come into batches together, see `ShuffledEpochs`.
         device: where batches are wanted; the matrix is copied there if it fits into a quarter of a GPU's free memory.
+        prefetch: batches of a memory map read ahead; 0 reads each when it is asked for.
         process_index, num_processes: this process's share of each global batch.
+
+    Raises:
+        InputError: if there are no rows, or numbers of rows that the features do not have.
     """
 
     def __init__(
         self,
-        features: np.ndarray,
+        features: RowMatrix,
         batch_size: int,
         seed: int,
         *,
+        rows: np.ndarray | None = None,
+        run_length: int = 1,
         device: torch.device = CPU,
+        prefetch: int = 2,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self._features = features
+        if prefetch < 0:
+            raise InputError(f"prefetch must be at least 0, got {prefetch}.")
+        self.num_rows = _num_chosen(rows, len(features))
         self._device = device
-        self._resident = torch.from_numpy(np.array(features)).to(device) if _fits(features.nbytes, device) else None
-        self._epochs = ShuffledEpochs(
-            len(features), batch_size, seed, process_index=process_index, num_processes=num_processes
+        self._resident = _copied(features, device) if _fits(features.nbytes, device) else None
+        epochs = ShuffledEpochs(
+            self.num_rows,
+            batch_size,
+            seed,
+            run_length=run_length,
+            process_index=process_index,
+            num_processes=num_processes,
         )
+        self._steps = _StepRows(features, rows, epochs, from_disk=exceeds_memory(features))
+        self._values = ReadAhead(self._steps.values, prefetch if is_memory_mapped(features) else 0)
 
     def batch(self, step: int) -> Tensor:
-        """[B, D] float32 rows of one step."""
+        """[B, D] float32 rows of one step; the same arguments always give the same batch."""
         return self.pack(self.draw(step))
 
     def draw(self, step: int) -> Tensor:
         """What a step sends to the device: [B] row numbers where the matrix lies there, else the rows."""
-        rows = np.concatenate([examples for _, examples in self._epochs.examples(step)])
         if self._resident is not None:
-            return _pinned(torch.from_numpy(rows), self._device)
-        return _pinned(torch.from_numpy(np.asarray(self._features[rows], dtype=np.float32)), self._device)
+            return _pinned(torch.from_numpy(self._steps.numbers(step)), self._device)
+        # Pinned here and not by the thread: a thread must not call CUDA while this one records a graph.
+        return _pinned(self._values(step), self._device)
 
     def pack(self, drawn: Tensor) -> Tensor:
         """[B, D] float32 rows of what was drawn."""
@@ -299,6 +361,55 @@ def cold_items(histories: Histories, split: Split, num_items: int) -> Tensor:
     cold = torch.ones(num_items, dtype=torch.bool)
     cold[histories.item_ids[split.train.visible(histories)].long()] = False
     return cold
+
+
+def held_out_rows(num_rows: int, share: float, seed: int) -> np.ndarray:
+    """Rows that training leaves out, to validate on: at least one where the share is not 0, and never all.
+
+    Args:
+        num_rows: N, of which to choose.
+        share: how many of them.
+        seed: of the choice, which is independent of the batches' order under the same seed.
+
+    Returns:
+        [M] int64 row numbers, ascending.
+
+    Raises:
+        InputError: if the share is not in [0, 1), or leaves no row to train on.
+    """
+    if not 0 <= share < 1:
+        raise InputError(f"the share of held-out rows must lie in [0, 1), got {share}.")
+    count = max(round(share * num_rows), 1) if share > 0 else 0
+    if count >= num_rows:
+        raise InputError(f"holding out {count} of {num_rows} rows leaves none to train on. Lower the share.")
+    order = np.random.default_rng([seed, 0, _HELD_OUT_STREAM]).permutation(num_rows)
+    return np.sort(order[:count])
+
+
+def _num_chosen(rows: np.ndarray | None, num_rows: int) -> int:
+    """How many of the rows are chosen, at least one, and all of which must exist."""
+    if num_rows == 0:
+        raise InputError("the features have no rows, so there is nothing to train on. Check the data set.")
+    if rows is None:
+        return num_rows
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(rows) == 0:
+        raise InputError(f"rows expected at least one row number, got {rows.dtype} of shape {list(rows.shape)}.")
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= num_rows:
+        raise InputError(f"rows expected numbers from 0 to {num_rows - 1}, got {low if low < 0 else high}.")
+    return len(rows)
+
+
+def _copied(features: RowMatrix, device: torch.device) -> Tensor:
+    """The features on a device, copied in blocks, so that host memory never holds them whole."""
+    copied: Tensor | None = None
+    for begin in range(0, len(features), _COPIED_ROWS):
+        block = torch.from_numpy(np.array(features[begin : begin + _COPIED_ROWS]))
+        if copied is None:
+            copied = torch.empty(len(features), features.shape[1], dtype=block.dtype, device=device)
+        copied[begin : begin + len(block)] = block
+    assert copied is not None
+    return copied
 
 
 def _near(histories: Histories, device: torch.device) -> Histories:

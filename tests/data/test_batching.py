@@ -1,9 +1,22 @@
+import threading
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 
 import data.batching
-from data.batching import ExampleStrategy, FeatureBatches, TrainingBatches, cold_items, evaluation_batches
+import data.mapped_rows
+from data.batching import (
+    ExampleStrategy,
+    FeatureBatches,
+    ShuffledEpochs,
+    TrainingBatches,
+    cold_items,
+    evaluation_batches,
+    held_out_rows,
+)
+from data.joined_rows import JoinedRows
 from data.schemas import Histories, InputError, Ranges, Split
 
 
@@ -193,3 +206,193 @@ def test_feature_rows_gathered_on_the_device_are_those_of_the_host(monkeypatch):
         assert device.draw(step).shape == (4,)
         torch.testing.assert_close(device.batch(step), host.batch(step), rtol=0, atol=0)
         assert device.batch(step).dtype == torch.float32
+
+
+@pytest.fixture
+def mapped(tmp_path) -> np.ndarray:
+    """Memory map [23, 3] float16 of distinct numbers."""
+    np.save(tmp_path / "features.npy", np.arange(69, dtype=np.float16).reshape(23, 3))
+    return np.load(tmp_path / "features.npy", mmap_mode="r")
+
+
+def numbers_of(stream: FeatureBatches, steps: range) -> list[list[int]]:
+    """Row numbers of batches of `mapped`."""
+    return [(stream.batch(step)[:, 0] / 3).int().tolist() for step in steps]
+
+
+@pytest.mark.parametrize("rows", [None, np.array([20, 3, 4, 9, 11])], ids=["all", "some"])
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_reading_ahead_changes_no_batch(mapped, rows, depth):
+    in_memory = FeatureBatches(np.array(mapped), batch_size=4, seed=1, rows=rows)
+    plain = FeatureBatches(mapped, batch_size=4, seed=1, rows=rows, prefetch=0)
+    ahead = FeatureBatches(mapped, batch_size=4, seed=1, rows=rows, prefetch=depth)
+    for step in range(12):
+        expected = in_memory.batch(step)
+        assert expected.dtype == torch.float32
+        torch.testing.assert_close(plain.batch(step), expected, rtol=0, atol=0)
+        torch.testing.assert_close(ahead.batch(step), expected, rtol=0, atol=0)
+
+
+def test_batches_of_features_are_the_rows_that_the_order_names(mapped):
+    order = ShuffledEpochs(23, 4, 1)
+    expected = [np.concatenate([chosen for _, chosen in order.examples(step)]).tolist() for step in range(12)]
+    assert numbers_of(FeatureBatches(mapped, batch_size=4, seed=1), range(12)) == expected
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 6, 11])
+def test_feature_batches_go_on_at_any_step(mapped, first):
+    whole = numbers_of(FeatureBatches(mapped, batch_size=4, seed=1), range(14))
+    assert numbers_of(FeatureBatches(mapped, batch_size=4, seed=1), range(first, 14)) == whole[first:]
+
+
+def test_chosen_rows_are_visited_once_an_epoch_and_no_other(mapped):
+    rows = np.array([20, 3, 4, 9, 11, 0])
+    batches = numbers_of(FeatureBatches(mapped, batch_size=2, seed=0, rows=rows), range(9))
+    for epoch in range(3):
+        seen = [number for batch in batches[3 * epoch : 3 * epoch + 3] for number in batch]
+        assert sorted(seen) == sorted(rows.tolist())
+    assert batches[:3] != batches[3:6]
+
+
+def test_processes_share_the_rows_of_a_step(mapped):
+    rows = np.arange(5, 21)
+    whole = numbers_of(FeatureBatches(mapped, batch_size=8, seed=0, rows=rows), range(4))
+    streams = [
+        FeatureBatches(mapped, batch_size=4, seed=0, rows=rows, process_index=index, num_processes=2)
+        for index in range(2)
+    ]
+    first, second = (numbers_of(stream, range(4)) for stream in streams)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+    for a, b in zip(first, second, strict=True):
+        assert not set(a) & set(b)  # 16 rows are two whole steps: no step crosses an epoch
+
+
+def test_a_memory_map_is_read_step_by_step_and_not_copied(tmp_path):
+    np.save(tmp_path / "features.npy", np.zeros((8, 2), dtype=np.float32))
+    writable = np.load(tmp_path / "features.npy", mmap_mode="r+")
+    plain = FeatureBatches(writable, batch_size=8, seed=0, prefetch=0)
+    ahead = FeatureBatches(writable, batch_size=8, seed=0)
+    assert plain.batch(0).eq(0).all()
+    writable[:] = 7
+    assert plain.batch(1).eq(7).all()
+    assert ahead.batch(1).eq(7).all()
+
+
+def test_rows_of_a_file_are_read_in_their_order():
+    class Noted(np.ndarray):
+        asked: ClassVar[list[list[int]]] = []
+
+        def __getitem__(self, rows):
+            self.asked.append(np.asarray(rows).tolist())
+            return np.asarray(self)[rows]
+
+    features = np.arange(46, dtype=np.float32).reshape(23, 2)
+    batch = FeatureBatches(features.view(Noted), batch_size=9, seed=0).batch(0)
+    (asked,) = Noted.asked
+    assert asked == sorted(asked)
+    assert batch[:, 0].tolist() != batch[:, 0].sort().values.tolist()
+    assert (batch[:, 0] / 2).sort().values.tolist() == asked
+
+
+def threads_that_read() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")}
+
+
+def test_only_memory_maps_are_read_ahead_and_the_thread_ends_with_the_batches(mapped, monkeypatch):
+    before = threads_that_read()
+    FeatureBatches(np.array(mapped), batch_size=2, seed=0).batch(0)
+    FeatureBatches(mapped, batch_size=2, seed=0, prefetch=0).batch(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.batching, "_fits", lambda num_bytes, device: True)
+        FeatureBatches(mapped, batch_size=2, seed=0).batch(0)
+    assert threads_that_read() <= before
+    stream = FeatureBatches(mapped, batch_size=2, seed=0)
+    stream.batch(0)
+    (thread,) = threads_that_read() - before
+    del stream
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_an_error_of_reading_reaches_the_step(mapped, monkeypatch):
+    stream = FeatureBatches(mapped, batch_size=2, seed=0)
+    stream.batch(0)
+    monkeypatch.setattr(ShuffledEpochs, "examples", lambda self, step: [(0, np.array([99]))])
+    with pytest.raises(IndexError, match="99 is out of bounds"):
+        stream.batch(50)
+
+
+def test_several_data_sets_are_batched_as_one(mapped):
+    joined = JoinedRows([mapped[:10], np.array(mapped[10:])])
+    expected = numbers_of(FeatureBatches(mapped, batch_size=4, seed=3), range(8))
+    assert numbers_of(FeatureBatches(joined, batch_size=4, seed=3), range(8)) == expected
+
+
+def test_features_for_a_device_are_copied_in_blocks(mapped, monkeypatch):
+    monkeypatch.setattr(data.batching, "_fits", lambda num_bytes, device: True)
+    monkeypatch.setattr(data.batching, "_COPIED_ROWS", 5)
+    rows = np.array([22, 0, 7])
+    stream = FeatureBatches(mapped, batch_size=3, seed=0, rows=rows)
+    assert sorted(stream.draw(0).tolist()) == [0, 7, 22]
+    assert numbers_of(stream, range(1)) == [stream.draw(0).tolist()]
+    assert stream._resident.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.array([0, 23]), "numbers from 0 to 22, got 23"),
+        (np.array([-1, 2]), "numbers from 0 to 22, got -1"),
+        (np.array([], dtype=np.int64), r"at least one row number, got int64 of shape \[0\]"),
+        (np.ones(23, dtype=bool), "at least one row number, got bool"),
+    ],
+    ids=str,
+)
+def test_rows_that_are_not_there_are_refused(mapped, rows, message):
+    with pytest.raises(InputError, match=message):
+        FeatureBatches(mapped, batch_size=2, seed=0, rows=rows)
+
+
+def test_features_without_rows_and_a_negative_depth_are_refused(mapped):
+    with pytest.raises(InputError, match="the features have no rows"):
+        FeatureBatches(mapped[:0], batch_size=2, seed=0)
+    with pytest.raises(InputError, match="prefetch must be at least 0, got -1"):
+        FeatureBatches(mapped, batch_size=2, seed=0, prefetch=-1)
+
+
+def test_held_out_rows_are_a_share_in_order_and_the_same_for_a_seed():
+    held = held_out_rows(1000, 0.1, 3)
+    assert len(held) == len(set(held.tolist())) == 100
+    assert (np.diff(held) > 0).all()
+    assert 0 <= held[0] < held[-1] < 1000
+    np.testing.assert_array_equal(held_out_rows(1000, 0.1, 3), held)
+    assert held_out_rows(1000, 0.1, 4).tolist() != held.tolist()
+    assert held_out_rows(1000, 0.0, 3).tolist() == []
+    assert len(held_out_rows(1000, 1e-6, 3)) == 1
+
+
+def test_held_out_rows_are_independent_of_the_order_of_epochs():
+    held = set(held_out_rows(1000, 0.1, 3).tolist())
+    for epoch in range(4):
+        first = np.random.default_rng([3, epoch, 0]).permutation(1000)[:100].tolist()
+        assert len(held & set(first)) < 25  # ten are expected
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(InputError, match=r"must lie in \[0, 1\), got"):
+        held_out_rows(10, share, 0)
+
+
+def test_holding_out_every_row_is_refused():
+    with pytest.raises(InputError, match="holding out 1 of 1 rows leaves none"):
+        held_out_rows(1, 0.1, 0)
+
+
+def test_batches_are_the_same_from_files_beyond_memory(mapped, monkeypatch):
+    expected = numbers_of(FeatureBatches(mapped, batch_size=4, seed=3), range(8))
+    asked = []
+    monkeypatch.setattr(data.mapped_rows, "_memory_bytes", lambda: 100)
+    monkeypatch.setattr(data.mapped_rows, "_ask_for", lambda matrix, rows: asked.append(rows.tolist()))
+    assert numbers_of(FeatureBatches(mapped, batch_size=4, seed=3, prefetch=0), range(8)) == expected
+    assert asked == [sorted(batch) for batch in expected]
