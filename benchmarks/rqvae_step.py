@@ -54,7 +54,7 @@ def build_model(x: Tensor, config: RqVaeConfig) -> RqVae:
     """A model whose codebooks lie near the means of the batch's latents: at the means they would have no gradient."""
     torch.manual_seed(0)
     model = RqVae(config).to(x.device)
-    model.initialize_codebooks_(x, num_iterations=5)
+    model.initialize_codebooks_(x)
     with torch.no_grad():
         for codebook in model.codebooks():
             codebook.add_(0.1 * codebook.std() * torch.randn_like(codebook))

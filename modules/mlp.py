@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -40,3 +41,22 @@ class MLP(nn.Module):
         for linear in self.linears[:-1]:
             x = self.activation(linear(x))
         return self.linears[-1](x)
+
+
+class SkipMLP(MLP):
+    """A linear map plus an MLP whose last layer is zero at first, so that it begins as the linear map.
+
+    Args:
+        dims: as of the MLP.
+        activation: a key of ACTIVATIONS.
+        bias: whether the linear layers have a bias.
+    """
+
+    def __init__(self, dims: Sequence[int], *, activation: str = "relu", bias: bool = True) -> None:
+        super().__init__(dims, activation=activation, bias=bias)
+        nn.init.zeros_(cast(nn.Linear, self.linears[-1]).weight)
+        self.skip = nn.Linear(dims[0], dims[-1], bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, dims[0]] to [B, dims[-1]]."""
+        return self.skip(x) + super().forward(x)

@@ -1,34 +1,51 @@
-"""One level of the residual quantizer, and the ways in which its gradient reaches the encoder."""
+"""One level of the residual quantizer: a codebook, the choice of one of its codes, and what keeps codes alive."""
 
 import enum
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.estimators import QuantizeMode, gumbel_softmax_choice
 from modules.kmeans import kmeans
-from ops import residual_quantize
+from modules.sinkhorn import sinkhorn_codes
+from ops import codebook_stats, residual_quantize
 
-_SMALL = 1e-6
-"""Norms below this have no direction that could be rotated."""
-
-_NEARLY_OPPOSITE = 1e-3
-"""Length of the sum of two unit vectors below which the plane of their rotation is lost in rounding."""
+_SMOOTHING = 1e-5
+"""Share of a row that every code of an EMA codebook has in any case, so that no mean divides by zero."""
 
 
-class QuantizeMode(enum.Enum):
-    """How a gradient passes the choice of a code.
+class Distance(enum.Enum):
+    """What the nearest code is nearest by.
 
-    STRAIGHT_THROUGH copies it from the sum of the codes to the encoder output (van den Oord et al. 2017).
-    GUMBEL_SOFTMAX replaces the choice, in training, by a softmax over noisy negative distances (Jang et al. 2017).
-    ROTATION_TRICK carries it through the rotation and rescaling of the encoder output onto the sum of the codes
-    (Fifty et al. 2024, arXiv 2410.06424, section 4.2).
+    L2 is the Euclidean distance. COSINE compares directions alone; what is added up is the code itself.
     """
 
-    STRAIGHT_THROUGH = "straight_through"
-    GUMBEL_SOFTMAX = "gumbel_softmax"
-    ROTATION_TRICK = "rotation_trick"
+    L2 = "l2"
+    COSINE = "cosine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelConfig:
+    """One level of a residual quantizer; `RqVaeConfig` says what the fields mean."""
+
+    size: int
+    mode: QuantizeMode
+    sim_vq: bool = False
+    distance: Distance = Distance.L2
+    sinkhorn_epsilon: float = 0.0
+    ema_decay: float = 0.0
+    restart_after: int = 0
+    normalize: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether training chooses the nearest code by L2 and keeps no account of it."""
+        soft = self.mode is QuantizeMode.GUMBEL_SOFTMAX
+        keeps_account = self.ema_decay > 0 or self.restart_after > 0
+        return not (soft or keeps_account or self.sinkhorn_epsilon > 0 or self.distance is not Distance.L2)
 
 
 class Quantized(NamedTuple):
@@ -41,104 +58,149 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """A codebook and the choice of one of its codes per row.
 
+    The codes learn by gradient; with `sim_vq` they are frozen and a linear map of them learns (arXiv 2411.02038), so
+    that every code moves with every step, chosen or not; with `ema_decay` each is the moving average of the rows that
+    chose it (van den Oord et al. 2017, appendix A.1). Buffers hold what resuming needs.
+
     Args:
-        codebook_size: number of codes K.
         dim: width D.
-        mode: decides whether training chooses softly (GUMBEL_SOFTMAX) or takes the nearest code.
-        sim_vq: freeze the codebook and learn a linear map of it (arXiv 2411.02038), so that every code moves
-            with every step, chosen or not.
-        normalize: scale the codes to unit length; for rows of unit length the choice is then by cosine.
+        config: of the level.
     """
 
-    def __init__(
-        self, codebook_size: int, dim: int, *, mode: QuantizeMode, sim_vq: bool = False, normalize: bool = False
-    ) -> None:
+    ema_counts: Tensor
+    ema_sums: Tensor
+    idle_steps: Tensor
+
+    def __init__(self, dim: int, config: LevelConfig) -> None:
         super().__init__()
-        self.mode = mode
-        self.normalize = normalize
-        self.weight = nn.Parameter(torch.randn(codebook_size, dim) * dim**-0.5, requires_grad=not sim_vq)
-        self.projection = nn.Linear(dim, dim, bias=False) if sim_vq else None
+        self.config = config
+        learns = not config.sim_vq and config.ema_decay == 0
+        self.weight = nn.Parameter(torch.randn(config.size, dim) * dim**-0.5, requires_grad=learns)
+        self.projection = nn.Linear(dim, dim, bias=False) if config.sim_vq else None
+        if config.ema_decay > 0:
+            self.register_buffer("ema_counts", torch.ones(config.size))
+            self.register_buffer("ema_sums", self.weight.detach().clone())
+        if config.restart_after > 0:
+            self.register_buffer("idle_steps", torch.zeros(config.size, dtype=torch.int64))
 
     def codebook(self) -> Tensor:
-        """The codes as they are compared with rows: [K, D], mapped and normalised as configured."""
+        """The codes as they are added up: [K, D], mapped and normalised as configured."""
         codes = self.weight if self.projection is None else self.projection(self.weight)
-        return F.normalize(codes, dim=-1) if self.normalize else codes
+        return F.normalize(codes, dim=-1) if self.config.normalize else codes
 
     def forward(self, residual: Tensor, temperature: float | Tensor = 1.0) -> Quantized:
-        """Choose a code for every row; softly in training under GUMBEL_SOFTMAX, else the nearest.
+        """Choose a code for every row: in evaluation the nearest; in training as configured.
 
         Args:
             residual: [B, D] fp32 or fp64.
             temperature: of the Gumbel softmax; ignored in the other modes and in evaluation.
 
         Returns:
-            The embeddings, and the nearest code of every row whatever the mode.
+            The embeddings, and the codes; those of a soft choice are the nearest.
         """
+        if self.training and self.config.restart_after > 0:
+            self._restart_(residual.detach())
+        codes = self._balanced(residual.detach()) if self._balances() else self.nearest(residual)
         codebook = self.codebook()
-        codes = residual_quantize(residual.detach(), [codebook.detach()])[0][:, 0]
-        if self.training and self.mode is QuantizeMode.GUMBEL_SOFTMAX:
-            return Quantized(gumbel_softmax_embedding(residual, codebook, temperature), codes)
-        return Quantized(F.embedding(codes, codebook), codes)
+        if self.training and self.config.mode is QuantizeMode.GUMBEL_SOFTMAX:
+            choice = gumbel_softmax_choice(self.compared(residual), self.compared(codebook), temperature)
+            embedding = choice @ codebook
+        else:
+            embedding = F.embedding(codes, codebook)
+        if self.training:
+            self._observe_(residual.detach(), codes)
+        return Quantized(embedding, codes)
+
+    def compared(self, rows: Tensor) -> Tensor:
+        """Residuals or codes [B, D] as the choice compares them: of unit length under the cosine."""
+        return F.normalize(rows, dim=-1) if self.config.distance is Distance.COSINE else rows
+
+    def compared_codes(self) -> Tensor:
+        """The codes [K, D] as the choice compares them; without gradient."""
+        return self.compared(self.codebook().detach())
 
     @torch.no_grad()
-    def initialize_(self, residual: Tensor, *, num_iterations: int, seed: int) -> None:
+    def nearest(self, residual: Tensor) -> Tensor:
+        """Code [B] int64 that is nearest to each of [B, D] residuals; the lowest of equally near ones."""
+        return residual_quantize(residual, [self.compared_codes()])[0][:, 0]
+
+    @torch.no_grad()
+    def costs(self, residual: Tensor) -> Tensor:
+        """[B, K] what the choice minimises: squared distances, or the negative cosine."""
+        codebook = self.compared_codes()
+        if self.config.distance is Distance.COSINE:
+            return -(self.compared(residual) @ codebook.T)
+        cross = residual @ codebook.T
+        squared = residual.square().sum(dim=1, keepdim=True) - 2 * cross + codebook.square().sum(dim=1)
+        return squared.clamp(min=0)
+
+    @torch.no_grad()
+    def initialize_(self, residual: Tensor, *, seed: int, num_rounds: int = 0) -> None:
         """Set the codes to the k-means centroids of [N, D] residuals."""
-        centroids = kmeans(residual, len(self.weight), num_iterations=num_iterations, seed=seed)
-        self.weight.copy_(centroids)
+        self.set_codes_(kmeans(residual, self.config.size, num_rounds=num_rounds, seed=seed))
+
+    @torch.no_grad()
+    def set_codes_(self, codes: Tensor) -> None:
+        """Set the codes to [K, D] given ones, and forget what became of the old ones."""
+        self.weight.copy_(codes)
         if self.projection is not None:
             nn.init.eye_(self.projection.weight)
+        if self.config.ema_decay > 0:
+            self.ema_counts.fill_(1.0)
+            self.ema_sums.copy_(codes)
+        if self.config.restart_after > 0:
+            self.idle_steps.zero_()
+
+    def _balances(self) -> bool:
+        return self.training and self.config.sinkhorn_epsilon > 0
+
+    def _balanced(self, residual: Tensor) -> Tensor:
+        return sinkhorn_codes(self.costs(residual), self.config.sinkhorn_epsilon)
+
+    @torch.no_grad()
+    def _restart_(self, residual: Tensor) -> None:
+        """Move codes that no row has chosen for a while to rows of the batch, without waiting for the device."""
+        dead = self.idle_steps >= self.config.restart_after
+        places = torch.rand(len(residual), device=residual.device).argsort()
+        numbers = torch.arange(len(dead), device=residual.device) % len(residual)
+        rows = _of_first_process(residual[places[numbers]]).to(self.weight.dtype)
+        self.weight.copy_(torch.where(dead[:, None], rows, self.weight))
+        self.idle_steps.masked_fill_(dead, 0)
+        if self.config.ema_decay > 0:
+            self.ema_counts.masked_fill_(dead, 1.0)
+            self.ema_sums.copy_(torch.where(dead[:, None], rows, self.ema_sums))
+
+    @torch.no_grad()
+    def _observe_(self, residual: Tensor, codes: Tensor) -> None:
+        """Account for what the rows of all processes chose."""
+        decay, restarts = self.config.ema_decay, self.config.restart_after > 0
+        if decay == 0 and not restarts:
+            return
+        counts, sums = codebook_stats(residual, codes, self.config.size)
+        counts = _over_processes(counts)
+        if restarts:
+            self.idle_steps.add_(1).masked_fill_(counts > 0, 0)
+        if decay > 0:
+            sums = _over_processes(sums)
+            self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - decay)
+            self.ema_sums.lerp_(sums.to(self.ema_sums.dtype), 1 - decay)
+            self.weight.copy_(self._averages())
+
+    def _averages(self) -> Tensor:
+        """Sums over counts; a code that loses its rows keeps its place."""
+        alive = self.ema_counts > _SMOOTHING
+        return torch.where(alive[:, None], self.ema_sums / self.ema_counts.clamp(min=_SMOOTHING)[:, None], self.weight)
 
 
-def gumbel_softmax_embedding(residual: Tensor, codebook: Tensor, temperature: float | Tensor) -> Tensor:
-    """Average of the codes under a relaxed sample of a noisy choice (Jang et al. 2017, eq. 2).
-
-    A code's logit is its negative squared distance over the temperature, distances being measured in units of the
-    batch's mean distance to the nearest code: the same temperature means the same noise for every level and every
-    scale of features, and towards 0 the choice becomes the nearest code, the one that evaluation takes.
-
-    Args:
-        residual: [B, D].
-        codebook: [K, D].
-        temperature: positive. Gumbel noise of unit scale is drawn from torch's generator.
-
-    Returns:
-        [B, D], with gradient to both.
-    """
-    cross = residual @ codebook.T
-    distance = residual.square().sum(dim=1, keepdim=True) - 2 * cross + codebook.square().sum(dim=1)
-    unit = distance.detach().amin(dim=1).mean().clamp(min=torch.finfo(distance.dtype).tiny)
-    return F.gumbel_softmax(-distance / (temperature * unit), tau=1.0, dim=-1) @ codebook
+def _over_processes(tensor: Tensor) -> Tensor:
+    """The sum over all processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
-def straight_through(x: Tensor, target: Tensor) -> Tensor:
-    """The value of target with the gradient of x; [B, D] both."""
-    return x + (target - x).detach()
-
-
-def rotation_trick(x: Tensor, target: Tensor) -> Tensor:
-    """The value of target, reached from x by a rotation and a rescaling that carry no gradient themselves.
-
-    With unit vectors x^ and t^, r the unit vector of x^ + t^, and s = |target| / |x|, the gradient of the
-    result with respect to x is s (I - 2 r r^T + 2 t^ x^^T) (Fifty et al. 2024, section 4.2). Rows for which
-    that is not defined (a zero norm, or opposite directions) take the straight-through gradient.
-
-    Args:
-        x: [B, D].
-        target: [B, D]; receives no gradient.
-
-    Returns:
-        [B, D].
-    """
-    start, end = x.detach(), target.detach()
-    start_norm, end_norm = start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True)
-    start_unit, end_unit = start / start_norm.clamp(min=_SMALL), end / end_norm.clamp(min=_SMALL)
-    middle = start_unit + end_unit
-    middle_norm = middle.norm(dim=-1, keepdim=True)
-    defined = (start_norm > _SMALL) & (end_norm > _SMALL) & (middle_norm > _NEARLY_OPPOSITE)
-    middle = middle / middle_norm.clamp(min=_NEARLY_OPPOSITE)
-
-    along_middle = (x * middle).sum(dim=-1, keepdim=True)
-    along_start = (x * start_unit).sum(dim=-1, keepdim=True)
-    rotated = x - 2 * along_middle * middle + 2 * along_start * end_unit
-    moved = torch.where(defined, rotated * (end_norm / start_norm.clamp(min=_SMALL)), x)
-    return straight_through(moved, end)
+def _of_first_process(tensor: Tensor) -> Tensor:
+    """The first process's values, in all processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(tensor, src=0)
+    return tensor

@@ -1,112 +1,33 @@
 """RQ-VAE: an autoencoder whose latent is a sum of codes, one per level (Rajput et al. 2023, section 3.1)."""
 
-import dataclasses
-import enum
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.schemas import InputError
+from modules.estimators import pass_gradient
 from modules.loss import quantize_loss, reconstruction_loss, residual_quantize_loss
-from modules.mlp import ACTIVATIONS, MLP
-from modules.quantize import QuantizeMode, Quantizer, rotation_trick, straight_through
+from modules.mlp import MLP, SkipMLP
+from modules.quantize import Distance, Quantizer
+from modules.rqvae_config import RqVaeConfig
+from modules.separation import separation_loss
 from ops import residual_quantize, semantic_id_embedding
 
-
-@dataclass(frozen=True, kw_only=True)
-class RqVaeConfig:
-    """Shape and behaviour of an RQ-VAE; all of it is stored beside the weights.
-
-    Attributes:
-        input_dim: width of the item features.
-        embed_dim: width of the latent and of every code.
-        hidden_dims: hidden widths of the encoder; the decoder mirrors them.
-        codebook_sizes: codes per level; their number is the number of levels.
-        mode: how gradients pass the quantizer.
-        sim_vq: learn a linear map of frozen codebooks.
-        codebook_normalize: put the latent and the first level's codes on the unit sphere, so that the first
-            choice is by cosine; later levels quantize what is left. ROTATION_TRICK wants it: without, nothing
-            keeps the latents from shrinking together with their quantization loss.
-        normalize_output: scale the reconstruction of the continuous inputs to unit length; for features that
-            have unit length themselves.
-        commitment_weight: beta of the quantization loss.
-        num_categorical: trailing inputs in [0, 1], reconstructed as logits under binary cross-entropy.
-        activation: of the MLPs.
-        bias: whether the MLPs' linear layers have a bias.
-    """
-
-    input_dim: int
-    embed_dim: int = 32
-    hidden_dims: tuple[int, ...] = (512, 256, 128)
-    codebook_sizes: tuple[int, ...] = (256, 256, 256)
-    mode: QuantizeMode = QuantizeMode.STRAIGHT_THROUGH
-    sim_vq: bool = False
-    codebook_normalize: bool = False
-    normalize_output: bool = False
-    commitment_weight: float = 0.25
-    num_categorical: int = 0
-    activation: str = "relu"
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
-        object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
-        widths = (self.input_dim, self.embed_dim, *self.hidden_dims, *self.codebook_sizes)
-        self._require(
-            all(isinstance(width, int) and width >= 1 for width in widths),
-            "input_dim, embed_dim, hidden_dims and codebook_sizes expected integers of at least 1",
-        )
-        self._require(len(self.codebook_sizes) >= 1, "codebook_sizes expected at least one level")
-        self._require(isinstance(self.mode, QuantizeMode), f"mode expected one of {_mode_names()}")
-        self._require(self.commitment_weight >= 0, "commitment_weight expected at least 0")
-        self._require(
-            0 <= self.num_categorical <= self.input_dim, f"num_categorical expected 0 to input_dim={self.input_dim}"
-        )
-        self._require(self.activation in ACTIVATIONS, f"activation expected one of {', '.join(ACTIVATIONS)}")
-
-    def _require(self, condition: bool, expectation: str) -> None:
-        if not condition:
-            raise InputError(f"RqVaeConfig: {expectation}, got {self}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; `from_dict` reads them back."""
-        fields = dataclasses.asdict(self)
-        return {
-            name: value.value if isinstance(value, enum.Enum) else list(value) if isinstance(value, tuple) else value
-            for name, value in fields.items()
-        }
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "RqVaeConfig":
-        """Inverse of `to_dict`.
-
-        Raises:
-            InputError: if a field is unknown, missing, or has a value that the configuration refuses.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise InputError(f"RqVaeConfig: unknown fields {unknown}; valid fields: {sorted(known)}.")
-        try:
-            return cls(**{**fields, "mode": QuantizeMode(fields["mode"])})
-        except KeyError as error:
-            raise InputError(f"RqVaeConfig: field {error} is missing.") from error
-        except (TypeError, ValueError) as error:
-            raise error if isinstance(error, InputError) else InputError(f"RqVaeConfig: {error}.") from error
+__all__ = ["RqVae", "RqVaeConfig", "RqVaeOutput"]
 
 
 class RqVaeOutput(NamedTuple):
-    """Losses of a batch (scalars, means over the items) and the nearest codes [B, L] int64."""
+    """Losses of a batch (scalars, means over the items) and its codes [B, L] int64; separation is 0 in evaluation."""
 
     loss: Tensor
     reconstruction_loss: Tensor
     quantize_loss: Tensor
     codes: Tensor
+    separation_loss: Tensor
 
 
 class RqVae(nn.Module):
@@ -122,25 +43,22 @@ class RqVae(nn.Module):
     def __init__(self, config: RqVaeConfig) -> None:
         super().__init__()
         self.config = config
-        dims = (config.input_dim, *config.hidden_dims, config.embed_dim)
-        self.encoder = MLP(dims, activation=config.activation, bias=config.bias)
-        self.decoder = MLP(dims[::-1], activation=config.activation, bias=config.bias)
-        self.quantizers = nn.ModuleList(
-            Quantizer(
-                size,
-                config.embed_dim,
-                mode=config.mode,
-                sim_vq=config.sim_vq,
-                normalize=config.codebook_normalize and level == 0,
-            )
-            for level, size in enumerate(config.codebook_sizes)
-        )
+        self.encoder: nn.Module
+        self.decoder: nn.Module
+        if config.encoder == "identity":
+            self.encoder, self.decoder = nn.Identity(), nn.Identity()
+        else:
+            network = SkipMLP if config.encoder == "skip" else MLP
+            dims = (config.input_dim, *config.hidden_dims, config.embed_dim)
+            self.encoder = network(dims, activation=config.activation, bias=config.bias)
+            self.decoder = network(dims[::-1], activation=config.activation, bias=config.bias)
+        self.quantizers = nn.ModuleList(Quantizer(config.embed_dim, level) for level in config.levels)
         self.register_buffer("codebooks_initialized", torch.tensor(False))
         offsets = itertools.accumulate(config.codebook_sizes[:-1], initial=0)
         self.register_buffer("_level_offsets", torch.tensor(list(offsets)), persistent=False)
 
     def forward(self, x: Tensor, temperature: float | Tensor = 1.0) -> RqVaeOutput:
-        """Loss of a batch: reconstruction summed over dimensions, plus every level's quantization loss.
+        """Loss of a batch: reconstruction summed over dimensions, every level's quantization loss, and separation.
 
         Distances and losses compute in fp32 or better, also under autocast.
 
@@ -154,10 +72,11 @@ class RqVae(nn.Module):
         latent = self.encode(x)
         with torch.autocast(x.device.type, enabled=False):
             embedding, quantization, codes = self._quantize(latent, temperature)
+            separation = self._separation(latent)
         prediction = self.decode(embedding)
         reconstruction = reconstruction_loss(prediction, x, num_categorical=self.config.num_categorical)
-        loss = (reconstruction + quantization).mean()
-        return RqVaeOutput(loss, reconstruction.mean(), quantization.mean(), codes)
+        loss = (reconstruction + quantization).mean() + self.config.separation_weight * separation
+        return RqVaeOutput(loss, reconstruction.mean(), quantization.mean(), codes, separation)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents [B, embed_dim] of features [B, input_dim], in fp32 or better; InputError for another width."""
@@ -200,9 +119,39 @@ class RqVae(nn.Module):
         Raises:
             InputError: if x has another width.
         """
-        latent = self.encode(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return residual_quantize(latent, self.codebooks(), precision=precision)[0]
+        return self.quantize(self.encode(x), precision=precision)[0]
+
+    @torch.no_grad()
+    def quantize(self, latent: Tensor, *, precision: str = "ieee") -> tuple[Tensor, Tensor]:
+        """Nearest codes of latents [B, embed_dim], level by level, whatever training would choose.
+
+        Returns:
+            codes [B, L] int64, and what they leave over [B, embed_dim], in fp32 or better.
+        """
+        with torch.autocast(latent.device.type, enabled=False):
+            if all(level.distance is Distance.L2 for level in self.config.levels):
+                return residual_quantize(latent, self.codebooks(), precision=precision)
+            residual = latent.float() if latent.dtype.itemsize < 4 else latent
+            codes = []
+            for quantizer in self._levels():
+                codes.append(quantizer.nearest(residual))
+                residual = residual - F.embedding(codes[-1], quantizer.codebook())
+            return torch.stack(codes, dim=1), residual
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Sum [B, embed_dim] of the codes [B, L] int64 of all levels, which the decoder reads."""
+        return semantic_id_embedding(codes, torch.cat(self.codebooks()), self._level_offsets).sum(dim=1)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """What the codes of features [B, input_dim] keep of them, [B, input_dim]."""
+        return self.decode(self.embed(self.semantic_ids(x)))
+
+    @torch.no_grad()
+    def level_costs(self, residual: Tensor, level: int) -> Tensor:
+        """[B, K_l] what the choice of a level minimises for [B, embed_dim]: squared distances, or negative cosines."""
+        with torch.autocast(residual.device.type, enabled=False):
+            return self._levels()[level].costs(residual)
 
     def fit_autoencoder_(
         self, x: Tensor, *, num_steps: int, batch_size: int = 512, learning_rate: float = 1e-3, seed: int = 0
@@ -231,48 +180,84 @@ class RqVae(nn.Module):
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def initialize_codebooks_(self, x: Tensor, *, num_iterations: int = 25, seed: int = 0) -> None:
-        """Set every level's codes by k-means over the residuals of a first large batch [N, input_dim]."""
+    def set_principal_components_(self, x: Tensor) -> None:
+        """Let an encoder with a skip connection begin as the projection of rows [N, input_dim] on their principal
+        components, and the decoder as its inverse.
+
+        With such an encoder, training begins where residual k-means of the projection ends.
+        """
+        mean = x.double().mean(dim=0)
+        centred = x.double() - mean
+        components = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, : self.config.embed_dim]
+        encoder, decoder = cast(SkipMLP, self.encoder), cast(SkipMLP, self.decoder)
+        encoder.skip.weight.copy_(components.T)
+        decoder.skip.weight.copy_(components)
+        if self.config.bias:
+            encoder.skip.bias.copy_(-(mean @ components))
+            decoder.skip.bias.copy_(mean)
+
+    @torch.no_grad()
+    def initialize_codebooks_(self, x: Tensor, *, num_rounds: int = 0, seed: int = 0) -> None:
+        """Set every level's codes by k-means over the residuals of a first large batch [N, input_dim].
+
+        Args:
+            x: [N, input_dim].
+            num_rounds: of `modules.kmeans.kmeans`; they lower its error by some percent.
+            seed: of k-means.
+        """
         residual = self.encode(x)
         for level, quantizer in enumerate(self._levels()):
-            quantizer.initialize_(residual, num_iterations=num_iterations, seed=seed + level)
-            residual = residual_quantize(residual, [quantizer.codebook()])[1]
+            quantizer.initialize_(residual, num_rounds=num_rounds, seed=seed + level)
+            residual = residual - F.embedding(quantizer.nearest(residual), quantizer.codebook())
+        self.codebooks_initialized.fill_(True)
+
+    @torch.no_grad()
+    def set_codebooks_(self, codebooks: Sequence[Tensor]) -> None:
+        """Set every level's codes to [K_l, embed_dim] that were found elsewhere."""
+        for quantizer, codes in zip(self._levels(), codebooks, strict=True):
+            quantizer.set_codes_(codes)
         self.codebooks_initialized.fill_(True)
 
     def _levels(self) -> list[Quantizer]:
         return cast(list[Quantizer], list(self.quantizers))
 
+    def _separation(self, latent: Tensor) -> Tensor:
+        """Mean `separation_loss` of the codes that evaluation would choose."""
+        if not self.training or self.config.separation_weight == 0:
+            return latent.new_zeros(())
+        codes, last = self.quantize(latent.detach())[0], self._levels()[-1]
+        residual = latent
+        for level, quantizer in enumerate(self._levels()[:-1]):
+            residual = residual - F.embedding(codes[:, level], quantizer.codebook().detach())
+        margin = self.config.separation_margin
+        return separation_loss(last.compared(residual), codes, last.compared_codes(), margin=margin).mean()
+
     def _quantize(self, latent: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The decoder's input [B, embed_dim], the quantization loss [B] and the codes [B, L]."""
-        if self.training and self.config.mode is QuantizeMode.GUMBEL_SOFTMAX:
-            return self._quantize_softly(latent, temperature)
+        plain = all(level.is_plain for level in self.config.levels)
+        modes = {level.mode for level in self.config.levels}
+        if len(modes) > 1 or (self.training and not plain):
+            return self._quantize_by_level(latent, temperature)
+        codes = self.quantize(latent)[0]
         codebooks = self.codebooks()
-        codes = residual_quantize(latent, codebooks)[0]
         embeddings = semantic_id_embedding(codes, torch.cat(codebooks), self._level_offsets)
         loss = residual_quantize_loss(latent, embeddings, self.config.commitment_weight)
-        return self._pass_gradient(latent, embeddings.sum(dim=1)), loss, codes
-
-    def _quantize_softly(self, latent: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Level by level, since what a soft choice leaves over depends on its noise."""
-        residual = latent
-        total, loss, codes = torch.zeros_like(latent), latent.new_zeros(len(latent)), []
-        for quantizer in self._levels():
-            quantized = quantizer(residual, temperature)
-            loss = loss + quantize_loss(residual, quantized.embedding, self.config.commitment_weight)
-            total = total + quantized.embedding
-            codes.append(quantized.codes)
-            # Only the code is detached: every level's commitment pulls at the encoder with its full weight.
-            residual = residual - quantized.embedding.detach()
-        return total, loss, torch.stack(codes, dim=1)
-
-    def _pass_gradient(self, latent: Tensor, total: Tensor) -> Tensor:
         # Estimators act once, on the sum of the codes; level by level they would count the encoder L times.
-        if self.config.mode is QuantizeMode.STRAIGHT_THROUGH:
-            return straight_through(latent, total)
-        if self.config.mode is QuantizeMode.ROTATION_TRICK:
-            return rotation_trick(latent, total)
-        return total
+        return pass_gradient(modes.pop(), latent, embeddings.sum(dim=1)), loss, codes
 
-
-def _mode_names() -> str:
-    return ", ".join(mode.name for mode in QuantizeMode)
+    def _quantize_by_level(self, latent: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, level by level, since what a level leaves over depends on its noise, its balance or its past."""
+        residual, left = latent, latent  # equal in value; what is left has the gradient that earlier runs have passed
+        passed, loss, codes = torch.zeros_like(latent), latent.new_zeros(len(latent)), []
+        for mode, run in itertools.groupby(self._levels(), key=lambda quantizer: quantizer.config.mode):
+            total = torch.zeros_like(latent)
+            for quantizer in run:
+                quantized = quantizer(left - total.detach(), temperature)
+                loss = loss + quantize_loss(residual, quantized.embedding, self.config.commitment_weight)
+                total = total + quantized.embedding
+                codes.append(quantized.codes)
+                # Only the code is detached: every level's commitment pulls at the encoder with its full weight.
+                residual = residual - quantized.embedding.detach()
+            moved = pass_gradient(mode, left, total)
+            passed, left = passed + moved, left - moved
+        return passed, loss, torch.stack(codes, dim=1)

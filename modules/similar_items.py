@@ -34,10 +34,13 @@ def similar_items(
     Returns:
         item_ids [B, k] int64 and cosines [B, k] float32, filled up with -1 and -inf; a vector of length 0 has cosine 0
         with all others.
+
+    Raises:
+        InputError: if the tokenizer has no quantizer.
     """
-    codebooks = [codebook.double().cpu() for codebook in tokenizer.rqvae.codebooks()]
+    codebooks = [codebook.double().cpu() for codebook in tokenizer.quantizer("similar_items").codebooks()]
     products = [[one @ other.T for other in codebooks] for one in codebooks]
-    codes = tokenizer.semantic_ids[:, :-1]
+    codes = tokenizer.codes
     found = [torch.empty(0, k, dtype=torch.int64)]
     for begin in range(0, len(item_ids), _BLOCK_QUERIES):
         rows = slice(begin, min(begin + _BLOCK_QUERIES, len(item_ids)))

@@ -2,11 +2,12 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.processed import DatasetConfig, RecDataset, TablesConfig, load_dataset
-from modules.quantize import QuantizeMode
+from modules.estimators import QuantizeMode
 from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
@@ -33,22 +34,25 @@ def write_interactions(path: Path) -> None:
             table.writerow([f"u{user}", f"i{NUM_ITEMS - 1 - user}", 9])
 
 
-def walks(root: Path, log: Path) -> DatasetConfig:
-    """Config of the dataset "walks" below `root`, read from the interactions in `log`."""
-    tables = TablesConfig(interactions=str(log), name="walks")
+def walks(root: Path, log: Path, name: str = "walks") -> DatasetConfig:
+    """Config of the dataset of that name below `root`, read from the interactions in `log`."""
+    tables = TablesConfig(interactions=str(log), name=name)
     return DatasetConfig(dataset=RecDataset.TABLES, root=str(root), min_interactions=0, tables=tables)
 
 
-def random_tokenizer(config: DatasetConfig) -> SemanticIdTokenizer:
-    """Semantic ids of random features."""
+def random_tokenizer(
+    config: DatasetConfig, codebook_sizes: tuple[int, ...] = (4, 4), **settings: Any
+) -> SemanticIdTokenizer:
+    """Semantic ids of random features; settings are those of `SemanticIdTokenizer.fit`."""
     torch.manual_seed(0)
     dataset = load_dataset(config)
     mode = QuantizeMode.STRAIGHT_THROUGH
-    rqvae = RqVae(RqVaeConfig(input_dim=4, embed_dim=2, hidden_dims=(), codebook_sizes=(4, 4), mode=mode))
+    rqvae = RqVae(RqVaeConfig(input_dim=4, embed_dim=2, hidden_dims=(), codebook_sizes=codebook_sizes, mode=mode))
     return SemanticIdTokenizer.fit(
         rqvae,
         torch.randn(NUM_ITEMS, 4),
         dataset.catalogue,
         feature_description={},
         dataset_manifest_hash=dataset.manifest_hash,
+        **settings,
     )

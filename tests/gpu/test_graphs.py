@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from modules.quantize import QuantizeMode
 from ops.graphs import GraphedCall
-from tests.training.tasks import optimizer_step, retrieval_task, rqvae_task, train
+from tests.training.tasks import QUANTIZERS, optimizer_step, retrieval_task, rqvae_task, train
 from tests.training.tiny import LinearTask, loop_config, train_tiny, weights
 from training.loop import _accelerator
 from training.optimizers import set_rate_
@@ -17,7 +16,7 @@ pytestmark = [
 ]
 
 NUM_STEPS = 30
-TASKS = ("retrieval", "retrieval with dropout", "rqvae", "rqvae with temperature")
+TASKS = ("retrieval", "retrieval with dropout", *QUANTIZERS)
 
 
 @pytest.fixture
@@ -29,8 +28,7 @@ def build(name: str, device: torch.device):
     """A new task, the same every time."""
     if name.startswith("retrieval"):
         return retrieval_task(fixed_capacity=True, dropout=0.2 if "dropout" in name else 0.0, device=device)
-    mode = QuantizeMode.GUMBEL_SOFTMAX if "temperature" in name else QuantizeMode.ROTATION_TRICK
-    return rqvae_task(mode, num_batches=NUM_STEPS, device=device)
+    return rqvae_task(name, num_batches=NUM_STEPS, device=device)
 
 
 def accelerator_of(precision: str):

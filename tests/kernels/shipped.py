@@ -16,11 +16,11 @@ import ops
 import train_decoder  # noqa: F401, registers what configs may say
 import train_rqvae  # noqa: F401
 from data.schemas import ItemFilter, SeqBatch
+from modules.estimators import QuantizeMode
 from modules.generation.beam import beam_search
 from modules.generation.trie import PrefixTrie
 from modules.kmeans import kmeans
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
-from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer.assign import BLOCK_ROWS, assign_codes
 from modules.tokenizer.sequence import SequenceTokenizer

@@ -160,7 +160,7 @@ def test_models_run_on_kernels(device):
         model(tokenize(batch_of(device)))["loss"].backward()
         beam_search(model.eval(), tokenize(batch_of(device)), trie, 4)
         rqvae = RqVae(RqVaeConfig(input_dim=12, embed_dim=5, hidden_dims=(9,), codebook_sizes=(20, 7))).to(device)
-        rqvae.initialize_codebooks_(randn(37, 12).to(device), num_iterations=1)
+        rqvae.initialize_codebooks_(randn(37, 12).to(device))
     assert names.found == {
         "add_rms_norm",
         "beam_cross_attention",

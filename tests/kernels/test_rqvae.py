@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import ops
+from modules.estimators import QuantizeMode
 from modules.kmeans import kmeans
-from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae, RqVaeConfig
 from tests.kernels.harness import randn
 

@@ -1,22 +1,16 @@
-import math
-
 import pytest
 import torch
 
-from modules.quantize import QuantizeMode, Quantizer, gumbel_softmax_embedding, rotation_trick, straight_through
+from modules.estimators import QuantizeMode
+from modules.quantize import Distance, LevelConfig, Quantizer
 
 CODEBOOK = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
 
 
 def quantizer(mode=QuantizeMode.STRAIGHT_THROUGH, weight=CODEBOOK, **settings):
-    module = Quantizer(len(weight), weight.shape[1], mode=mode, **settings)
-    with torch.no_grad():
-        module.weight.copy_(weight)
+    module = Quantizer(weight.shape[1], LevelConfig(size=len(weight), mode=mode, **settings))
+    module.set_codes_(weight)
     return module
-
-
-def jacobian(function, x):
-    return torch.autograd.functional.jacobian(function, x)
 
 
 @pytest.mark.parametrize("mode", QuantizeMode)
@@ -25,87 +19,6 @@ def test_evaluation_takes_the_nearest_code_in_every_mode(mode):
     embedding, codes = module(torch.tensor([[1.9, 0.3], [0.4, 1.2]]))
     assert codes.tolist() == [1, 2]
     assert embedding.tolist() == [[2.0, 0.0], [0.0, 2.0]]
-
-
-def test_straight_through_has_the_value_of_the_target_and_the_gradient_of_x():
-    x, target = torch.tensor([[1.0, -2.0]]), torch.tensor([[5.0, 3.0]])
-    assert straight_through(x, target).tolist() == [[5.0, 3.0]]
-    torch.testing.assert_close(jacobian(lambda v: straight_through(v, target)[0], x)[:, 0], torch.eye(2))
-
-
-def test_rotation_by_hand():
-    # (1, 0) onto (0, 2): a quarter turn, scaled by 2.
-    x, target = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    torch.testing.assert_close(rotation_trick(x, target), target)
-    expected = torch.tensor([[0.0, -2.0], [2.0, 0.0]])
-    torch.testing.assert_close(jacobian(lambda v: rotation_trick(v, target)[0], x)[:, 0], expected)
-
-
-def test_rotation_turns_only_the_plane_of_x_and_target():
-    x, target = torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([[3.0 * math.cos(1.0), 3.0 * math.sin(1.0), 0.0]])
-    matrix = jacobian(lambda v: rotation_trick(v, target)[0], x)[:, 0]
-    expected = torch.tensor(
-        [[math.cos(1.0), -math.sin(1.0), 0.0], [math.sin(1.0), math.cos(1.0), 0.0], [0.0, 0.0, 1.0]]
-    )
-    torch.testing.assert_close(matrix, expected)
-
-
-def test_rotation_is_a_scaled_rotation_for_random_rows():
-    generator = torch.Generator().manual_seed(0)
-    x, target = torch.randn(2, 20, 6, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(rotation_trick(x, target), target)
-    for row in range(20):
-        matrix = jacobian(lambda v, t=target[row]: rotation_trick(v[None], t[None])[0], x[row])
-        scale = target[row].norm() / x[row].norm()
-        torch.testing.assert_close(matrix @ matrix.T, scale**2 * torch.eye(6, dtype=torch.float64))
-        assert torch.linalg.det(matrix) > 0
-        torch.testing.assert_close(matrix @ x[row], target[row])
-
-
-@pytest.mark.parametrize(
-    ("x", "target"),
-    [((1.0, 2.0), (-1.0, -2.0)), ((0.0, 0.0), (1.0, 0.0)), ((1.0, 0.0), (0.0, 0.0)), ((0.0, 0.0), (0.0, 0.0))],
-    ids=["opposite", "zero x", "zero target", "both zero"],
-)
-def test_rotation_without_a_direction_falls_back_to_straight_through(x, target):
-    x, target = torch.tensor([x]), torch.tensor([target])
-    assert torch.equal(rotation_trick(x, target), target)
-    torch.testing.assert_close(jacobian(lambda v: rotation_trick(v, target)[0], x)[:, 0], torch.eye(2))
-
-
-@pytest.mark.parametrize("epsilon", [1e-2, 2e-3, 5e-4, 1e-4, 1e-7])
-def test_rotation_stays_a_rotation_near_opposite(epsilon):
-    x, target = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[-1.0, epsilon, 0.0]])
-    matrix = jacobian(lambda v: rotation_trick(v, target)[0], x)[:, 0]
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(3), rtol=0.0, atol=5e-3)  # a rotation, or straight through
-    assert torch.linalg.det(matrix) > 0
-    torch.testing.assert_close(rotation_trick(x, target), target)
-
-
-def test_gumbel_softmax_becomes_the_nearest_code_when_cold():
-    residual = torch.tensor([[1.9, 0.3], [0.4, 1.2]])
-    torch.manual_seed(0)
-    cold = gumbel_softmax_embedding(residual, CODEBOOK, 1e-4)
-    torch.testing.assert_close(cold, torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
-
-
-def test_gumbel_softmax_by_hand():
-    # Distances 1 and 9, unit 1 (the nearest), temperature 4: the second weight is sigmoid(-8 / 4 + g1 - g0).
-    residual, codebook = torch.tensor([[1.0]]), torch.tensor([[0.0], [4.0]])
-    torch.manual_seed(3)
-    noise = -torch.empty(1, 2).exponential_().log()
-    torch.manual_seed(3)
-    expected = 4.0 * torch.sigmoid(-8 / 4.0 + noise[0, 1] - noise[0, 0])
-    torch.testing.assert_close(gumbel_softmax_embedding(residual, codebook, 4.0), expected.reshape(1, 1))
-
-
-def test_gumbel_noise_does_not_depend_on_the_scale_of_features():
-    residual = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(1)
-    small = gumbel_softmax_embedding(residual, CODEBOOK, 0.5)
-    torch.manual_seed(1)
-    large = gumbel_softmax_embedding(residual * 100, CODEBOOK * 100, 0.5)
-    torch.testing.assert_close(large, small * 100, rtol=1e-4, atol=1e-3)
 
 
 def test_gumbel_softmax_reaches_residual_and_codebook():
@@ -126,6 +39,21 @@ def test_gumbel_softmax_survives_rows_that_are_codes():
     embedding.sum().backward()
     assert embedding.isfinite().all()
     assert residual.grad.isfinite().all()
+
+
+def test_a_cold_soft_choice_is_the_nearest_by_the_distance_of_the_level():
+    module = quantizer(
+        QuantizeMode.GUMBEL_SOFTMAX, torch.tensor([[4.0, 0.0], [6.0, 8.0]]), distance=Distance.COSINE
+    ).train()
+    residual = torch.tensor([[1.0, 1.0], [1.0, 0.2]], requires_grad=True)  # both are nearer to (4, 0)
+    embedding, codes = module(residual, 1e-4)
+    assert codes.tolist() == [1, 0]
+    torch.testing.assert_close(embedding, torch.tensor([[6.0, 8.0], [4.0, 0.0]]))
+    module(residual, 5.0).embedding.sum().backward()
+    assert (module.weight.grad.norm(dim=1) > 0).all()
+    # Only the direction counts, so none of the gradient changes a length.
+    torch.testing.assert_close((residual.grad * residual).sum(dim=1), torch.zeros(2), atol=1e-5, rtol=0.0)
+    assert (residual.grad.norm(dim=1) > 0).all()
 
 
 def test_sim_vq_learns_the_map_and_freezes_the_codes():
@@ -149,6 +77,86 @@ def test_normalised_codes_have_unit_length_and_choose_by_cosine():
 
 @pytest.mark.parametrize("sim_vq", [False, True])
 def test_initialization_sets_the_codes_to_the_centroids(sim_vq):
-    module = Quantizer(2, 2, mode=QuantizeMode.STRAIGHT_THROUGH, sim_vq=sim_vq)
-    module.initialize_(torch.tensor([[0.0, 0.0], [0.0, 2.0], [8.0, 0.0], [8.0, 2.0]]), num_iterations=10, seed=0)
+    module = quantizer(weight=torch.zeros(2, 2), sim_vq=sim_vq)
+    module.initialize_(torch.tensor([[0.0, 0.0], [0.0, 2.0], [8.0, 0.0], [8.0, 2.0]]), seed=0)
     assert sorted(module.codebook().tolist()) == [[0.0, 1.0], [8.0, 1.0]]
+
+
+def test_cosine_chooses_by_direction_with_the_gradient_of_the_code():
+    module = quantizer(weight=torch.tensor([[4.0, 0.0], [10.0, 1.0]]), distance=Distance.COSINE)
+    embedding, codes = module(torch.tensor([[3.0, 0.29], [1.0, 0.0]]))
+    assert codes.tolist() == [1, 0]
+    assert embedding.tolist() == [[10.0, 1.0], [4.0, 0.0]]
+    embedding.sum().backward()
+    assert module.weight.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_moving_averages_by_hand():
+    module = quantizer(weight=torch.tensor([[0.0], [4.0], [9.0]]), ema_decay=0.75).train()
+    embedding, codes = module(torch.tensor([[1.0], [1.5], [5.0]]))
+    assert codes.tolist() == [0, 0, 1]
+    assert embedding.tolist() == [[0.0], [0.0], [4.0]]  # of before the update
+    # counts 0.75 + 0.25 n, sums 0.75 c + 0.25 s, from one row at each code
+    assert module.ema_counts.tolist() == [1.25, 1.0, 0.75]
+    torch.testing.assert_close(module.ema_sums, torch.tensor([[0.625], [4.25], [6.75]]))
+    torch.testing.assert_close(module.codebook(), torch.tensor([[0.5], [4.25], [9.0]]))
+    assert not module.weight.requires_grad
+    assert not embedding.requires_grad
+
+
+def test_moving_averages_rest_in_evaluation():
+    module = quantizer(ema_decay=0.5).eval()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module(torch.randn(10, 2))
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_code_whose_past_fades_keeps_its_place():
+    module = quantizer(weight=torch.tensor([[0.0], [4.0]]), ema_decay=0.5).train()
+    for _ in range(100):
+        module(torch.tensor([[0.1]]))
+    assert module.codebook()[1].item() == pytest.approx(4.0)
+    assert module.codebook().isfinite().all()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_codes_without_rows_move_to_rows_of_the_batch(ema_decay):
+    module = quantizer(weight=torch.tensor([[0.0], [50.0], [90.0]]), restart_after=2, ema_decay=ema_decay).train()
+    rows = torch.tensor([[0.1], [0.2], [-0.1], [0.0]])
+    for step in range(2):
+        module(rows)
+        assert module.idle_steps.tolist() == [0, step + 1, step + 1]
+    codes = module(rows).codes
+    moved = module.codebook().detach()[1:]
+    assert all(row in rows.flatten().tolist() for row in moved.flatten().tolist()) or ema_decay > 0
+    assert moved.abs().max() <= 0.2
+    assert len(set(codes.tolist())) > 1
+    assert module.idle_steps[0] == 0
+
+
+def test_restart_in_a_batch_smaller_than_the_codebook():
+    module = quantizer(weight=torch.full((6, 1), 9.0), restart_after=1).train()
+    module.idle_steps.fill_(5)
+    module(torch.tensor([[1.0], [2.0]]))
+    assert set(module.codebook().flatten().tolist()) == {1.0, 2.0}
+
+
+def test_balanced_choice_in_training_and_the_nearest_after_it():
+    module = quantizer(weight=torch.tensor([[0.0], [1.0]]), sinkhorn_epsilon=0.01)
+    rows = torch.tensor([[0.0], [0.1], [0.2], [0.3]])
+    assert module.train()(rows).codes.tolist() == [0, 0, 1, 1]
+    embedding, codes = module.eval()(rows)
+    assert codes.tolist() == [0, 0, 0, 0]
+    assert embedding.flatten().tolist() == [0.0] * 4
+
+
+def test_buffers_survive_saving():
+    module = quantizer(ema_decay=0.9, restart_after=3).train()
+    module(torch.randn(5, 2))
+    other = quantizer(ema_decay=0.9, restart_after=3)
+    other.load_state_dict(module.state_dict())
+    rows = torch.randn(5, 2)
+    assert torch.equal(module(rows).embedding, other.train()(rows).embedding)
+    assert torch.equal(module.ema_sums, other.ema_sums)
+    assert torch.equal(module.idle_steps, other.idle_steps)

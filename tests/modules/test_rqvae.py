@@ -1,12 +1,14 @@
 import dataclasses
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from data.schemas import InputError
+from modules.estimators import QuantizeMode
 from modules.loss import quantize_loss, reconstruction_loss
-from modules.quantize import QuantizeMode
+from modules.quantize import Distance, LevelConfig
 from modules.rqvae import RqVae, RqVaeConfig
 
 
@@ -304,24 +306,72 @@ def test_configuration_survives_json_with_its_mode():
     assert RqVaeConfig.from_dict(config.to_dict()) == config
     assert config.to_dict()["mode"] == "gumbel_softmax"
     assert config.codebook_sizes == (4, 5)
-    assert {field.name for field in dataclasses.fields(RqVaeConfig)} == set(config.to_dict())
+    later = {"distance", "sinkhorn_epsilon", "ema_decay", "restart_after", "encoder"}
+    later |= {"separation_weight", "separation_margin"}
+    assert {field.name for field in dataclasses.fields(RqVaeConfig)} - later == set(config.to_dict())
+
+
+def test_configuration_of_every_level_survives_json():
+    config = RqVaeConfig(
+        input_dim=9,
+        codebook_sizes=(4, 5),
+        mode=(QuantizeMode.ROTATION_TRICK, QuantizeMode.STRAIGHT_THROUGH),
+        distance=(Distance.L2, Distance.COSINE),
+        sinkhorn_epsilon=(0.0, 0.003),
+        ema_decay=(0.99, 0.0),
+        restart_after=7,
+    )
+    assert RqVaeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.levels == (
+        LevelConfig(size=4, mode=QuantizeMode.ROTATION_TRICK, ema_decay=0.99, restart_after=7),
+        LevelConfig(
+            size=5,
+            mode=QuantizeMode.STRAIGHT_THROUGH,
+            distance=Distance.COSINE,
+            sinkhorn_epsilon=0.003,
+            restart_after=7,
+        ),
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codebook_sizes": ()}, "at least one level"),
+        ({"codebook_sizes": ()}, "one to 8 levels"),
         ({"codebook_sizes": (256, 0)}, "integers of at least 1"),
         ({"embed_dim": 2.5}, "integers of at least 1"),
         ({"num_categorical": 10}, "num_categorical expected 0 to input_dim=9"),
         ({"commitment_weight": -1.0}, "commitment_weight"),
         ({"activation": "gelu"}, "relu, silu"),
         ({"mode": "rotation"}, "ROTATION_TRICK"),
+        ({"mode": (QuantizeMode.ROTATION_TRICK,)}, "mode expected one value, or one for each of the 3 levels"),
+        ({"codebook_sizes": (4,) * 9}, "one to 8 levels"),
+        ({"codebook_sizes": (4, 4, 0)}, "integers of at least 1"),
+        ({"sinkhorn_epsilon": (0.0, -0.1, 0.0)}, "level 1: sinkhorn_epsilon expected 0 .* or a positive number"),
+        ({"sinkhorn_epsilon": float("nan")}, "level 0: sinkhorn_epsilon"),
+        ({"ema_decay": 1.0}, "level 0: ema_decay"),
+        ({"restart_after": -1}, "level 0: restart_after"),
+        ({"distance": "l2"}, "level 0: distance expected one of L2, COSINE"),
+        ({"mode": QuantizeMode.GUMBEL_SOFTMAX, "sinkhorn_epsilon": 0.1}, "GUMBEL_SOFTMAX chooses softly"),
+        ({"sim_vq": True, "ema_decay": 0.9}, "sim_vq freezes the codes"),
+        ({"encoder": "skip", "embed_dim": 32}, 'encoder = "skip" expected embed_dim of at most input_dim'),
+        ({"encoder": "identity", "distance": Distance.COSINE}, "from k-means: expected distance = Distance.L2"),
+        ({"separation_weight": -1.0}, "separation_weight expected at least 0"),
+        ({"encoder": "linear"}, "encoder expected one of mlp, skip, identity"),
     ],
 )
 def test_configuration_refuses(change, message):
     with pytest.raises(InputError, match=message):
         RqVaeConfig(input_dim=9, **change)
+
+
+def test_a_refusal_names_what_was_got_and_nothing_else():
+    with pytest.raises(InputError) as caught:
+        RqVaeConfig(input_dim=9, sinkhorn_epsilon=(0.0, -0.1, 0.0))
+    assert str(caught.value) == (
+        "RqVaeConfig: level 1: sinkhorn_epsilon expected 0 (the nearest code) or a positive number, "
+        "got sinkhorn_epsilon = (0.0, -0.1, 0.0)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,3 +397,102 @@ def test_dead_relu_latents_do_not_make_nan():
     output.loss.backward()
     assert output.loss.isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_levels_of_several_modes_pass_the_gradient_on_from_run_to_run():
+    """A run behind others turns what they have left over; straight-through passes all that it finds."""
+    x = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
+
+    def gradient(*modes):
+        model = linear_model(CODEBOOKS, mode=modes).double().train()
+        latent = x.clone().requires_grad_()
+        passed, _, codes = model._quantize(latent, 1.0)
+        assert codes.tolist() == [[0, 1]]
+        assert passed.tolist() == [[3.0, 0.5]]
+        return torch.autograd.grad(passed.sum(), latent)[0]
+
+    straight, rotation = QuantizeMode.STRAIGHT_THROUGH, QuantizeMode.ROTATION_TRICK
+    torch.testing.assert_close(gradient(straight, rotation), torch.ones(1, 2, dtype=torch.float64))
+    # (3, 1) onto (2, 0): R = 2 / sqrt(10) times a turn by -atan(1 / 3); straight-through passes what is left, 1 - R.
+    torch.testing.assert_close(gradient(rotation, straight), torch.ones(1, 2, dtype=torch.float64))
+    # In the plane, where turns commute, a run of two is what the two would pass on one by one.
+    first = torch.tensor([[0.6, 0.2], [-0.2, 0.6]], dtype=torch.float64)
+    second = torch.tensor([[0.75, 0.25], [-0.25, 0.75]], dtype=torch.float64)
+    chained = first + second @ (torch.eye(2, dtype=torch.float64) - first)
+    torch.testing.assert_close(gradient(rotation, rotation), torch.ones(1, 2, dtype=torch.float64) @ chained)
+
+
+def test_levels_one_by_one_give_what_the_fused_path_gives():
+    torch.manual_seed(0)
+    fused = RqVae(RqVaeConfig(input_dim=6, embed_dim=4, hidden_dims=(8,), codebook_sizes=(5, 3)))
+    by_level = RqVae(dataclasses.replace(fused.config, restart_after=1000))
+    by_level.load_state_dict(fused.state_dict(), strict=False)
+    x = torch.randn(20, 6)
+    outputs = [model.train()(x) for model in (fused, by_level)]
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other)
+    for output in outputs:
+        output.loss.backward()
+    for (name, one), other in zip(fused.named_parameters(), by_level.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name)
+
+
+def test_identity_quantizes_the_features_themselves():
+    model = RqVae(RqVaeConfig(input_dim=2, codebook_sizes=(2, 2), encoder="identity"))
+    assert model.config.embed_dim == 2
+    assert model.config.hidden_dims == ()
+    model.set_codebooks_([torch.tensor(codebook) for codebook in CODEBOOKS])
+    assert model.semantic_ids(X).tolist() == [[0, 1]]
+    assert model.reconstruct(X).tolist() == [[3.0, 0.5]]
+    assert bool(model.codebooks_initialized)
+
+
+def test_cosine_levels_choose_by_direction_and_add_the_code_itself():
+    codebooks = [[[4.0, 0.0], [10.0, 1.0]], [[0.0, 0.0], [1.0, 1.0]]]
+    model = linear_model(codebooks, distance=(Distance.COSINE, Distance.L2))
+    # (3, 0.29) lies nearer to (4, 0), but its direction is that of (10, 1); what is left is (-7, -0.71).
+    codes, left = model.quantize(torch.tensor([[3.0, 0.29]]))
+    assert codes.tolist() == [[1, 0]]
+    torch.testing.assert_close(left, torch.tensor([[-7.0, -0.71]]))
+    torch.testing.assert_close(model.embed(codes), torch.tensor([[10.0, 1.0]]))
+    costs = model.level_costs(torch.tensor([[3.0, 0.29]]), 0)
+    torch.testing.assert_close(costs, torch.tensor([[-0.995360, -0.999995]]))
+    torch.testing.assert_close(model.level_costs(torch.tensor([[1.0, 0.0]]), 1), torch.tensor([[1.0, 1.0]]))
+
+
+def test_skip_begins_as_principal_components_and_learns():
+    torch.manual_seed(0)
+    model = RqVae(RqVaeConfig(input_dim=6, embed_dim=2, hidden_dims=(5,), codebook_sizes=(4, 4), encoder="skip"))
+    x = torch.randn(200, 6) * torch.tensor([9.0, 1.0, 0.1, 5.0, 0.2, 0.1]) + 3.0
+    model.set_principal_components_(x)
+    latent = model.encode(x)
+    torch.testing.assert_close(latent.mean(dim=0), torch.zeros(2), atol=1e-4, rtol=0.0)
+    assert latent.var(dim=0).tolist() == pytest.approx([81.0, 25.0], rel=0.3)
+    error = (model.decode(latent) - x).square().sum(dim=1).mean()
+    rest = torch.linalg.eigvalsh(torch.cov(x.T, correction=0))[:-2].sum()
+    torch.testing.assert_close(error, rest, rtol=1e-3, atol=1e-4)
+    model.train()(x).loss.backward()
+    for network in (model.encoder, model.decoder):
+        assert network.linears[-1].weight.grad.abs().sum() > 0
+        assert network.skip.weight.grad.abs().sum() > 0
+
+
+def test_separation_is_part_of_the_loss_in_training_alone():
+    rows = torch.tensor([[3.0, 1.0], [3.0, 1.2], [-4.0, 0.0]])
+    plain = linear_model(CODEBOOKS).train()(rows)
+    apart = linear_model(CODEBOOKS, separation_weight=10.0, separation_margin=0.5).train()
+    output = apart(rows)
+    assert output.codes.tolist() == [[0, 1], [0, 1], [1, 1]]
+    # The last level gets (1, 1), (1, 1.2) and (1, 0), 0.25, 0.49 and 0.25 from (1, 0.5). The first row keeps that code,
+    # the second is to prefer (-1, 0), which is 4 + 1.44 away.
+    expected = (5.44 - 0.49 + 0.5 * 0.33) / 3
+    assert output.separation_loss.item() == pytest.approx(expected)
+    assert output.loss.item() == pytest.approx(plain.loss.item() + 10 * expected)
+    assert apart.eval()(rows).loss.item() == pytest.approx(plain.loss.item())
+
+
+def test_separation_looks_at_the_codes_of_evaluation():
+    model = linear_model(CODEBOOKS, separation_weight=1.0, sinkhorn_epsilon=(0.0, 0.01)).train()
+    output = model(torch.tensor([[3.0, 1.0], [3.0, 1.2]]))
+    assert output.codes[:, 1].unique().tolist() == [0, 1]
+    assert output.separation_loss > 0

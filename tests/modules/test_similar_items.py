@@ -11,7 +11,7 @@ from tests.item_filters import filter_of
 
 
 class WithCodes:
-    """What is used of a tokenizer: codes, a dedup code each, and an RQ-VAE with given codebooks."""
+    """What is used of a tokenizer: codes, and an RQ-VAE with given codebooks."""
 
     def __init__(self, codes, codebooks):
         sizes = tuple(len(codebook) for codebook in codebooks)
@@ -20,7 +20,10 @@ class WithCodes:
         )
         for quantizer, codebook in zip(self.rqvae.quantizers, codebooks, strict=True):
             quantizer.weight.data.copy_(codebook)
-        self.semantic_ids = torch.cat([codes, torch.zeros(len(codes), 1, dtype=torch.int64)], dim=1)
+        self.codes = codes
+
+    def quantizer(self, purpose):
+        return self.rqvae
 
 
 def anything(num_rows):
@@ -38,7 +41,7 @@ def test_a_catalogue_worked_out_by_hand():
 
 
 def by_definition(tokenizer, item_ids, k, flags):
-    codes = tokenizer.semantic_ids[:, :-1]
+    codes = tokenizer.codes
     books = [codebook.detach().double() for codebook in tokenizer.rqvae.codebooks()]
     vectors = sum(book[column] for book, column in zip(books, codes.T, strict=True))
     cosines = torch.nn.functional.cosine_similarity(vectors[item_ids][:, None], vectors[None], dim=2)
