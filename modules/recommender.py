@@ -111,7 +111,7 @@ class Recommender:
         return self.catalogue.display_name(self._item_ids[item_key])
 
     def semantic_id(self, item_key: str) -> tuple[int, ...]:
-        """Codes of an item of the catalogue, the dedup code last."""
+        """Codes of an item of the catalogue; where the tokenizer adds dedup codes, that is the last."""
         return tuple(self._tokenizer().semantic_ids[self._item_ids[item_key]].tolist())
 
     def recommend(
@@ -167,7 +167,8 @@ class Recommender:
             one list per item, best first; scores are cosines of quantised latent vectors, equal ones go by item id.
 
         Raises:
-            InputError: if a key is unknown, k is below 1, or the recommender has no artifact.
+            InputError: if a key is unknown, k is below 1, or the recommender has no artifact, or one whose ids were
+                imported without a quantizer.
         """
         tokenizer = self._tokenizer()
         _check_k(k)

@@ -1,31 +1,17 @@
 """Codes of many items: their features pass a frozen RQ-VAE in blocks, and stay where they are stored until then."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.schemas import InputError
+from modules.feature_rows import HALF, FeatureMatrix, to_tensor
 from modules.rqvae import RqVae
 
 BLOCK_ROWS = {"cpu": 1024, "cuda": 32_768}
 """Rows encoded at once. Blocks are filled up to it, so that an item gets the same codes alone and among others."""
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-class FeatureMatrix(Protocol):
-    """A [N, D] matrix read in slices of rows: a Tensor on any device, an array, or a memory map."""
-
-    @property
-    def shape(self) -> Any:
-        """(N, D)."""
-
-    def __getitem__(self, rows: slice, /) -> Any:
-        """Some of the rows."""
 
 
 @torch.no_grad()
@@ -59,7 +45,7 @@ def assign_codes(
     rows = BLOCK_ROWS.get(device.type, BLOCK_ROWS["cuda"])
     codes = torch.empty(features.shape[0], len(rqvae.quantizers), dtype=torch.int64, device=device)
     finite = torch.ones(len(codes), dtype=torch.bool, device=device)
-    half = encoder_dtype in _HALF
+    half = encoder_dtype in HALF
     for begin, block in _blocks(features, device, rows):
         end = begin + len(block)
         finite[begin:end] = block.sum(dim=1, dtype=torch.float32).isfinite()
@@ -77,12 +63,12 @@ def _blocks(features: FeatureMatrix, device: torch.device, rows: int) -> Iterato
         yield from _streamed_blocks(features, device, rows)
         return
     for begin in range(0, features.shape[0], rows):
-        yield begin, _to_tensor(features[begin : begin + rows]).to(device)
+        yield begin, to_tensor(features[begin : begin + rows]).to(device)
 
 
 def _streamed_blocks(features: FeatureMatrix, device: torch.device, rows: int) -> Iterator[tuple[int, Tensor]]:
     """Two buffers on either side: while one block is computed, the next is read and copied."""
-    shape, dtype = (rows, features.shape[1]), _to_tensor(features[:1]).dtype
+    shape, dtype = (rows, features.shape[1]), to_tensor(features[:1]).dtype
     pinned = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(2)]
     blocks = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
     copied, used = ([torch.cuda.Event(), torch.cuda.Event()] for _ in range(2))
@@ -91,7 +77,7 @@ def _streamed_blocks(features: FeatureMatrix, device: torch.device, rows: int) -
     for index, begin in enumerate(range(0, features.shape[0], rows)):
         slot = index % 2
         copied[slot].synchronize()
-        source = _to_tensor(features[begin : begin + rows])
+        source = to_tensor(features[begin : begin + rows])
         pinned[slot][: len(source)] = source
         block = blocks[slot][: len(source)]
         with torch.cuda.stream(copies):
@@ -103,18 +89,10 @@ def _streamed_blocks(features: FeatureMatrix, device: torch.device, rows: int) -
         used[slot].record(compute)
 
 
-def _to_tensor(block: Any) -> Tensor:
-    """The rows in their own half precision, else in fp32."""
-    if isinstance(block, Tensor):
-        return block if block.dtype in _HALF else block.float()
-    # numpy copies, since torch cannot hold the read-only pages of a memory map.
-    return torch.from_numpy(np.array(block, dtype=np.float16 if block.dtype == np.float16 else np.float32))
-
-
 def _check_finite(features: FeatureMatrix, finite: Tensor, item_keys: Sequence[str] | None) -> None:
     """Refuse NaN and infinity; `finite` is false where a row's sum is not, which large values bring about too."""
     for row in (~finite).nonzero()[:, 0].tolist():
-        if not bool(_to_tensor(features[row : row + 1]).isfinite().all()):
+        if not bool(to_tensor(features[row : row + 1]).isfinite().all()):
             item = "" if item_keys is None else f" (item {item_keys[row]!r})"
             raise InputError(
                 f"item features expected finite values, got NaN or infinity in row {row}{item}. "

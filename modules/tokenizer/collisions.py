@@ -23,7 +23,7 @@ def dedup_codes(codes: Tensor) -> Tensor:
     Returns:
         [N] int64; 0 for an item that is alone.
     """
-    order, starts = _groups(codes)
+    order, starts = sorted_groups(codes)
     position = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
     result = np.empty(len(order), dtype=np.int64)
     result[order] = position
@@ -43,7 +43,7 @@ def joining_dedup_codes(semantic_ids: Tensor, codes: Tensor, codebook_sizes: Seq
     """
     if len(codes) == 0:
         return codes.new_zeros(0)
-    rows, tuples, joining_tuples = _sharing_rows(semantic_ids[:, :-1], codes, codebook_sizes)
+    rows, tuples, joining_tuples = sharing_rows(semantic_ids[:, :-1], codes, codebook_sizes)
     num_taken = codes.new_zeros(len(codes))
     num_taken.scatter_reduce_(0, tuples, semantic_ids[rows, -1] + 1, "amax")
     return num_taken[joining_tuples] + dedup_codes(codes)
@@ -71,6 +71,35 @@ def check_dedup_capacity(dedup: Tensor, capacity: int) -> None:
             f"{int(dedup[item_id]) + 1} of its tuple ({len(overflowing)} items overflow). Fit a new tokenizer on all "
             "items: it reserves at least twice what it needs. Many identical item features also cause this."
         )
+
+
+def sorted_groups(codes: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Item ids sorted by (codes, item id) [N], and the positions at which a new tuple begins [G]; codes are [N, L]."""
+    columns = codes.cpu().numpy()
+    order = np.lexsort(columns.T[::-1])  # stable: equal tuples keep the order of their item ids
+    ordered = columns[order]
+    is_start = np.ones(len(ordered), dtype=bool)
+    is_start[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return order, is_start.nonzero()[0]
+
+
+def sharing_items(codes: Tensor) -> Tensor:
+    """Ascending item ids [R] int64 of those of [N, L] that share their codes with another item."""
+    order, starts = sorted_groups(codes)
+    sizes = np.diff(np.append(starts, len(order)))
+    return torch.from_numpy(np.sort(order[np.repeat(sizes > 1, sizes)]))
+
+
+def collision_groups(codes: Tensor) -> list[list[int]]:
+    """Item ids of every tuple of codes [N, L] that several items share.
+
+    Returns:
+        groups, the largest first and equally large ones in the order of their codes; item ids ascend within each.
+    """
+    order, starts = sorted_groups(codes)
+    ends = np.append(starts[1:], len(order))
+    groups = [order[begin:end].tolist() for begin, end in zip(starts, ends, strict=True) if end - begin > 1]
+    return sorted(groups, key=len, reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +170,7 @@ def codebook_health(codes: Tensor, codebook_sizes: Sequence[int]) -> CodebookHea
     sizes = tuple(codebook_sizes)
     check_codes(codes, sizes)
     counts = [torch.bincount(codes[:, level].cpu(), minlength=size) for level, size in enumerate(sizes)]
-    starts = _groups(codes)[1]
+    starts = sorted_groups(codes)[1]
     groups = np.diff(np.append(starts, len(codes)))
     return CodebookHealth(
         num_items=len(codes),
@@ -156,25 +185,15 @@ def codebook_health(codes: Tensor, codebook_sizes: Sequence[int]) -> CodebookHea
 
 def check_codes(codes: Tensor, level_sizes: Sequence[int]) -> None:
     """Refuse codes [N, L] that are empty, of another number of levels, or outside a level's size (InputError)."""
-    if codes.ndim != 2 or codes.shape[1] != len(level_sizes) or len(codes) == 0:
-        raise InputError(f"expected codes of shape [N >= 1, {len(level_sizes)}], got {list(codes.shape)}.")
+    if codes.ndim != 2 or codes.shape[1] != len(level_sizes) or codes.numel() == 0:
+        raise InputError(f"expected codes of shape [N >= 1, {len(level_sizes) or 'L >= 1'}], got {list(codes.shape)}.")
     lowest, highest = codes.amin(0).tolist(), codes.amax(0).tolist()
     for level, (size, low, high) in enumerate(zip(level_sizes, lowest, highest, strict=True)):
         if low < 0 or high >= size:
             raise InputError(f"level {level} expected codes in 0..{size - 1}, got {low}..{high}.")
 
 
-def _groups(codes: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Item ids sorted by (codes, item id) [N], and the positions at which a new tuple begins [G]."""
-    columns = codes.cpu().numpy()
-    order = np.lexsort(columns.T[::-1])  # stable: equal tuples keep the order of their item ids
-    ordered = columns[order]
-    is_start = np.ones(len(ordered), dtype=bool)
-    is_start[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return order, is_start.nonzero()[0]
-
-
-def _sharing_rows(codes: Tensor, wanted: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def sharing_rows(codes: Tensor, wanted: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows of codes [N, L] are among the rows wanted [M, L], M at least 1, level by level.
 
     Returns:

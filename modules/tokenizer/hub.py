@@ -62,7 +62,7 @@ def upload_folder(folder: Path, repo_id: str, *, private: bool = False, message:
     Args:
         folder: what to upload, whole.
         repo_id: "owner/name".
-        private: visibility of a repository that is created.
+        private: hide a repository that is created; otherwise its owner's default holds.
         message: of the commit.
 
     Returns:
@@ -76,7 +76,7 @@ def upload_folder(folder: Path, repo_id: str, *, private: bool = False, message:
 
     api = huggingface_hub.HfApi()
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
     except (errors.HTTPError, OSError, ValueError) as error:
         raise InputError(

@@ -4,18 +4,31 @@ from pathlib import Path
 from typing import Any
 
 from data.schemas import InputError
+from modules.tokenizer.policies import CollisionPolicy
 
 CONFIG = "config.json"
 
 
-def file_names(language: str) -> dict[str, str]:
-    """Names, inside the folder, of the files that the manifest lists."""
-    return {
+def file_names(
+    language: str, policy: CollisionPolicy = CollisionPolicy.DEDUP_CODE, *, has_quantizer: bool = True
+) -> dict[str, str]:
+    """Names, inside the folder, of the files that the manifest lists.
+
+    Args:
+        language: of the codes.
+        policy: the one that lists what shares an id does so in a file.
+        has_quantizer: false for ids that came without one.
+    """
+    names = {
         "config": CONFIG,
-        "quantizer": f"quantizers/{language}.safetensors",
         "semantic_ids": f"semantic_ids/{language}.safetensors",
         "catalogue": "catalogue.safetensors",
     }
+    if has_quantizer:
+        names["quantizer"] = f"quantizers/{language}.safetensors"
+    if policy is CollisionPolicy.NONE:
+        names["collisions"] = "collisions.json"
+    return names
 
 
 def only_language(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from data.schemas import InputError, read_safetensors
-from modules.quantize import QuantizeMode
-from modules.rqvae import RqVae, RqVaeConfig
+from modules.estimators import QuantizeMode
+from modules.rqvae import RqVae
+from modules.rqvae_config import MAX_LEVELS, RqVaeConfig
 from modules.tokenizer.artifact_folder import read_json
 from modules.tokenizer.hub import resolve_folder
 
@@ -140,27 +141,50 @@ def _convert(source: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
     if missing:
         raise InputError(f"{source} is not an RQ-VAE of the older layout: its configuration lacks {missing}.")
     try:
-        rqvae = RqVae(
-            RqVaeConfig(
-                input_dim=config["input_dim"],
-                embed_dim=config["embed_dim"],
-                hidden_dims=tuple(config["hidden_dims"]),
-                codebook_sizes=(config["codebook_size"],) * config["n_layers"],
-                mode=_mode(config.get("codebook_mode")),
-                sim_vq=bool(config["codebook_sim_vq"]),
-                codebook_normalize=bool(config["codebook_normalize"]),
-                normalize_output=True,
-                commitment_weight=config["commitment_weight"],
-                num_categorical=config["n_cat_features"],
-                activation="silu",
-                bias=False,
-            )
+        rqvae = _with_weights(
+            _converted_config(config), {**_renamed(state), "codebooks_initialized": torch.tensor(True)}
         )
-        rqvae.load_state_dict({**_renamed(state), "codebooks_initialized": torch.tensor(True)})
-    except (TypeError, RuntimeError) as error:
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{source}: weights and configuration do not fit each other ({reason}).") from error
     return rqvae.float().eval()
+
+
+def _converted_config(config: Mapping[str, Any]) -> RqVaeConfig:
+    num_levels = config["n_layers"]
+    if not isinstance(num_levels, int) or not 1 <= num_levels <= MAX_LEVELS:
+        raise InputError(f"n_layers expected 1 to {MAX_LEVELS}, got {num_levels!r}.")
+    return RqVaeConfig(
+        input_dim=config["input_dim"],
+        embed_dim=config["embed_dim"],
+        hidden_dims=tuple(config["hidden_dims"]),
+        codebook_sizes=(config["codebook_size"],) * num_levels,
+        mode=_mode(config.get("codebook_mode")),
+        sim_vq=bool(config["codebook_sim_vq"]),
+        codebook_normalize=bool(config["codebook_normalize"]),
+        normalize_output=True,
+        commitment_weight=config["commitment_weight"],
+        num_categorical=config["n_cat_features"],
+        activation="silu",
+        bias=False,
+    )
+
+
+def _with_weights(config: RqVaeConfig, state: dict[str, Tensor]) -> RqVae:
+    """An RQ-VAE with these weights, once it is known that they are finite and of the sizes that the configuration says.
+
+    A few lines of configuration can ask for more memory than there is, so that sizes are compared without any.
+    """
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"the weight {name} holds NaN or infinity. Take an earlier checkpoint.")
+    with torch.device("meta"):
+        RqVae(config).load_state_dict(state, assign=True)
+    rqvae = RqVae(config)
+    rqvae.load_state_dict(state)
+    return rqvae
 
 
 def _mode(value: Any) -> QuantizeMode:
@@ -174,8 +198,10 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Older state names as ours: mlp.{2i} is linear layer i, layers.{i} is quantizer i."""
     renamed = {}
     for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(f"expected weights by name, got {type(tensor).__name__} for {name!r}.")
         parts = name.removeprefix("module.").removeprefix("_orig_mod.").split(".")
-        if parts[0] in ("encoder", "decoder") and parts[1:2] == ["mlp"] and parts[2].isdigit():
+        if parts[0] in ("encoder", "decoder") and parts[1:2] == ["mlp"] and parts[2:3] and parts[2].isdecimal():
             parts = [parts[0], "linears", str(int(parts[2]) // 2), *parts[3:]]
         elif parts[0] == "layers" and parts[2:] == ["embedding", "weight"]:
             parts = ["quantizers", parts[1], "weight"]

@@ -102,17 +102,17 @@ def check_same_encoder(known: Mapping[str, Any], given: Mapping[str, Any] | None
         )
 
 
-def grown_ids(semantic_ids: Tensor, codes: Tensor, item_keys: list[str], level_sizes: tuple[int, ...]) -> Tensor:
-    """Semantic ids with rows appended for items that join, each with the next free dedup code of its tuple.
+def free_dedup_codes(semantic_ids: Tensor, codes: Tensor, item_keys: list[str], level_sizes: tuple[int, ...]) -> Tensor:
+    """The next free dedup code for each of some items that join.
 
     Args:
-        semantic_ids: [N, L] int64.
-        codes: [M, L - 1] int64 of the items that join.
+        semantic_ids: [N, L + 1] int64 of the catalogue, the dedup code last.
+        codes: [M, L] int64 of the items that join.
         item_keys: theirs.
         level_sizes: codes per level, the last being what is reserved for the dedup level.
 
     Returns:
-        [N + M, L] int64.
+        [M] int64.
 
     Raises:
         InputError: naming the first item whose tuple is full.
@@ -128,7 +128,7 @@ def grown_ids(semantic_ids: Tensor, codes: Tensor, item_keys: list[str], level_s
             f"items that overflow: {len(overflowing)}. Leave them out, or fit a new tokenizer on all items. Identical "
             "features cause this too."
         )
-    return torch.cat([semantic_ids, torch.cat([codes, dedup[:, None]], dim=1)])
+    return dedup
 
 
 def grown_catalogue(

@@ -38,6 +38,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             fields = json.loads(body)
             name = f"{fields['organization']}/{fields['name']}"
+            self.requests.append(f"create {name} {_visibility(fields)}")
             (self.root / name).mkdir(parents=True, exist_ok=True)
             self._send(200, {"url": f"{host}/{name}"})
         elif "preupload" in parts:
@@ -96,6 +97,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+def _visibility(fields: dict) -> str:
+    """As old and new clients state it."""
+    return fields.get("visibility") or {True: "private", False: "public", None: "default"}[fields.get("private")]
 
 
 def _oid(path: Path) -> str:

@@ -1,9 +1,11 @@
 """The older layouts, written here from their description, and read by `load_legacy`."""
 
+import contextlib
 import enum
 import json
 import os
 import pickle
+import random
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 import modules.quantize
 import modules.rqvae
 from data.schemas import Catalogue, InputError
-from modules.quantize import QuantizeMode
+from modules.estimators import QuantizeMode
 from modules.tokenizer.legacy import is_legacy, load_legacy
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from tests.modules.hub_server import serve_hub
@@ -175,27 +177,85 @@ class Hostile:
         return os.system, (f"touch {self.path}",)
 
 
-def test_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
-    content = {"iter": 1, "model": older_state(CONFIG), "model_config": {**CONFIG, "note": Hostile(tmp_path / "ran")}}
-    torch.save(content, tmp_path / "checkpoint.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(content))
-    for name in ("checkpoint.pt", "plain.pt"):
-        with pytest.raises(InputError, match="code, which is never run"):
-            load_legacy(tmp_path / name)
+def hostile_checkpoint(place, payload):
+    state = older_state(CONFIG)
+    content = {"iter": 1, "model": state, "model_config": CONFIG}
+    match place:
+        case "configuration":
+            return {**content, "model_config": {**CONFIG, "note": payload}}
+        case "weights":
+            return {**content, "model": {**state, "layers.0.embedding.weight": payload}}
+        case "optimizer":
+            return {**content, "optimizer": {"state": {0: [payload]}}}
+        case "key":
+            return {**content, payload: 1}
+        case _:
+            return payload
+
+
+@pytest.mark.parametrize("layout", ["zip", "older", "pickle"])
+@pytest.mark.parametrize("place", ["configuration", "weights", "optimizer", "key", "whole"])
+def test_hostile_checkpoint_is_refused_and_does_not_run(tmp_path, place, layout):
+    content, path = hostile_checkpoint(place, Hostile(tmp_path / "ran")), tmp_path / "checkpoint.pt"
+    if layout == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=layout == "zip")
+    with pytest.raises(InputError, match="code, which is never run"):
+        load_legacy(path)
     assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    with contextlib.suppress(Exception):  # a plain pickle runs before torch finds that it is none of its files
+        torch.load(path, weights_only=False)
     assert (tmp_path / "ran").exists()  # the file was dangerous indeed
 
 
-def test_damaged_checkpoint(tmp_path):
-    torch.save({"iter": 1, "model": older_state(CONFIG), "model_config": CONFIG}, tmp_path / "whole.pt")
-    whole = (tmp_path / "whole.pt").read_bytes()
-    for size in (0, 10, len(whole) // 2, len(whole) - 100):
-        (tmp_path / "cut.pt").write_bytes(whole[:size])
+def test_the_older_implementation_s_names_reach_nothing_of_ours(tmp_path, monkeypatch):
+    """A checkpoint may name modules.rqvae.RqVae, but its arguments and state go to a stand-in."""
+
+    class Names:
+        def __reduce__(self):
+            return modules.rqvae.RqVae, ("x",), {"run": 1}
+
+    monkeypatch.setattr(modules.rqvae.RqVae, "__init__", lambda *_, **__: pytest.fail("the class was called"))
+    content = {"iter": 1, "model": {}, "model_config": {"self": Names()}}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="configuration lacks"):
+        load_legacy(tmp_path / "checkpoint.pt")
+
+
+def whole_checkpoint(tmp_path, layout="zip"):
+    path = tmp_path / "whole.pt"
+    content = {"iter": 1, "model": older_state(CONFIG), "model_config": CONFIG}
+    torch.save(content, path, _use_new_zipfile_serialization=layout == "zip")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["zip", "older"])
+def test_truncated_checkpoint(tmp_path, layout):
+    whole, path = whole_checkpoint(tmp_path, layout), tmp_path / "cut.pt"
+    for size in (0, 1, 2, 10, *range(100, len(whole) - 1, 211)):
+        path.write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"cut\.pt"):
-            load_legacy(tmp_path / "cut.pt")
+            load_legacy(path)
     with pytest.raises(InputError, match="does not exist"):
         load_legacy(tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize("layout", ["zip", "older"])
+def test_damaged_checkpoint(tmp_path, layout):
+    """A flipped byte is an error that names the file, or changes a number: never a crash."""
+    whole, path, generator = whole_checkpoint(tmp_path, layout), tmp_path / "damaged.pt", random.Random(0)
+    messages = []
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole) if generator.random() < 0.5 else 2000)] ^= generator.randrange(1, 256)
+        path.write_bytes(damaged)
+        try:
+            assert load_legacy(path).config.input_dim > 0
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    assert all("damaged.pt" in message for message in messages)
 
 
 @pytest.mark.parametrize("content", [{"iter": 1, "model": {}}, [1, 2], {"model": 3, "model_config": {}}])
@@ -211,13 +271,64 @@ def test_checkpoint_without_configuration(tmp_path, content):
         ({"codebook_size": 7}, "do not fit each other"),
         ({"n_layers": 2}, "do not fit each other"),
         ({"hidden_dims": None}, "do not fit each other"),
+        ({"hidden_dims": [9, 8]}, "do not fit each other"),
         ({"embed_dim": -1}, "embed_dim"),
+        ({"codebook_size": "6"}, "codebook_sizes expected integers"),
+        ({"n_layers": 10**9}, "n_layers expected 1 to 8, got 1000000000"),
+        ({"n_layers": 0}, "n_layers expected 1 to 8, got 0"),
+        ({"n_layers": "3"}, "n_layers expected 1 to 8, got '3'"),
+        ({"input_dim": 10**12}, "do not fit each other"),
+        ({"codebook_size": 10**12}, "do not fit each other"),
+        ({"hidden_dims": [10**9, 10**9, 10**9]}, "do not fit each other"),
+        ({"hidden_dims": [10**6] * 5}, "do not fit each other"),
+        ({"input_dim": 10**30}, "do not fit each other"),
+        ({"n_cat_features": 11}, "num_categorical expected 0 to input_dim=10"),
+        ({"commitment_weight": None}, "do not fit each other"),
     ],
 )
 def test_configuration_that_does_not_fit(tmp_path, changes, message):
     folder = write_folder(tmp_path / "older", {**CONFIG, **changes}, older_state(CONFIG))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         load_legacy(folder)
+    assert str(caught.value).startswith(str(folder))
+
+
+def test_a_large_configuration_of_small_weights_takes_no_memory(tmp_path, monkeypatch):
+    built_on = []
+
+    class Recorded(modules.rqvae.RqVae):
+        def __init__(self, config):
+            built_on.append(torch.empty(0).device.type)
+            super().__init__(config)
+
+    monkeypatch.setattr("modules.tokenizer.legacy.RqVae", Recorded)
+    with pytest.raises(InputError, match="do not fit each other"):
+        load_legacy(write_folder(tmp_path / "a", {**CONFIG, "codebook_size": 10**7}, older_state(CONFIG)))
+    assert built_on == ["meta"]
+    load_legacy(write_folder(tmp_path / "b", CONFIG, older_state(CONFIG)))
+    assert built_on == ["meta", "meta", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers.1.embedding.weight", torch.full((6, 4), torch.nan), r"quantizers\.1\.weight holds NaN or infinity"),
+        ("decoder.mlp.0.weight", torch.full((7, 4), torch.inf), "holds NaN or infinity"),
+        ("layers.1.embedding.weight", torch.zeros(6, 5), "do not fit each other"),
+        ("layers.1.embedding.weight", [[1.0]], "expected weights by name, got list"),
+        (3, torch.zeros(1), "expected weights by name, got Tensor for 3"),
+        ("encoder.mlp", torch.zeros(1), "do not fit each other"),
+        (f"encoder.mlp.{'9' * 5000}.weight", torch.zeros(1), "do not fit each other"),
+        ("layers", torch.zeros(1), "do not fit each other"),
+        ("", torch.zeros(1), "do not fit each other"),
+    ],
+)
+def test_weights_that_are_none(tmp_path, name, value, message):
+    content = {"iter": 1, "model": {**older_state(CONFIG), name: value}, "model_config": CONFIG}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match=message) as caught:
+        load_legacy(tmp_path / "checkpoint.pt")
+    assert str(caught.value).startswith(str(tmp_path / "checkpoint.pt"))
 
 
 def test_missing_keys_are_named(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from data.schemas import Catalogue, InputError
-from modules.quantize import QuantizeMode
+from modules.estimators import QuantizeMode
 from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer import assign
 from modules.tokenizer.hub import resolve_folder
@@ -194,7 +194,7 @@ def test_artifact_has_the_documented_files(folder):
     assert sorted(snapshot(folder)) == sorted([*DATA_FILES, "manifest.json", "README.md"])
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["kind"] == "semantic-id tokenizer"
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert sorted(manifest["files"]) == sorted(DATA_FILES)
     assert manifest["features"] == {"encoder": "tfidf_svd", "dim": 6}
     assert manifest["dataset_manifest_hash"] == "d0"
@@ -292,7 +292,7 @@ def test_damaged_manifest(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format version 2, but this library reads 1..1. Update the library"),
+        ({"format_version": 3}, "format version 3, but this library reads 1..2. Update the library"),
         ({"format_version": "1"}, "format version 1"),
         ({"kind": "retrieval model"}, "expected a semantic-id tokenizer, got a retrieval model"),
         ({"files": {}}, "no hash of config.json"),
@@ -346,7 +346,7 @@ def test_a_failed_save_leaves_the_old_artifact(monkeypatch, folder):
     def full(*args, **kwargs):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("modules.tokenizer.tokenizer.save_file", full)
+    monkeypatch.setattr("modules.tokenizer.stored.save_file", full)
     with pytest.raises(InputError, match="No space left on device"):
         make_tokenizer(language="image").save_pretrained(folder)
     assert snapshot(folder) == before

@@ -45,20 +45,19 @@ def tiny_catalogue(num_items=12):
     return Catalogue(keys, titles, [""] * num_items)
 
 
-def tiny_tokenizer(num_items=12, seed=0):
-    """A tokenizer from an untrained RQ-VAE; some items collide."""
+def tiny_tokenizer(num_items=12, seed=0, **settings):
+    """A tokenizer from an untrained RQ-VAE; some items collide. Settings are those of `SemanticIdTokenizer.fit`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         features = torch.randn(num_items, 6)
         rqvae = RqVae(RqVaeConfig(input_dim=6, embed_dim=4, hidden_dims=(8,), codebook_sizes=(5, 3)))
-    return SemanticIdTokenizer.fit(
-        rqvae, features, tiny_catalogue(num_items), feature_description={"encoder": "file"}, dataset_manifest_hash="d0"
-    )
+    description = {"feature_description": {"encoder": "file"}, "dataset_manifest_hash": "d0"}
+    return SemanticIdTokenizer.fit(rqvae, features, tiny_catalogue(num_items), **description, **settings)
 
 
-def save_tiny_artifact(folder, seed=0, **extra):
+def save_tiny_artifact(folder, seed=0, tokenizer=None, **extra):
     """Save a model artifact and read it back."""
-    tokenizer = tiny_tokenizer(seed=seed)
+    tokenizer = tokenizer or tiny_tokenizer(seed=seed)
     model = tiny_model(tokenizer.level_sizes, seed=seed)
     manifest = {"dataset": {"dataset": "demo"}, "dataset_manifest_hash": "d0", "commit": "c0", **extra}
     save_model_artifact(folder, model, tokenizer, manifest, ranker_settings=RANKER_SETTINGS)

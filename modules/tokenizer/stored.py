@@ -1,0 +1,130 @@
+"""The files of a tokenizer artifact: what is written, and what is verified when they are read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from data.schemas import Catalogue, InputError, read_safetensors
+from modules.rqvae import RqVae, RqVaeConfig
+from modules.tokenizer.artifact_folder import (
+    MANIFEST,
+    file_hashes,
+    read_json,
+    read_manifest,
+    verify_files,
+    write_artifact,
+    write_json,
+)
+from modules.tokenizer.collisions import codebook_health
+from modules.tokenizer.frozen_ids import FrozenIds
+from modules.tokenizer.layout import CONFIG, check_versions, file_names, only_language
+from modules.tokenizer.legacy import has_older_layout
+from modules.tokenizer.model_card import model_card
+from modules.tokenizer.policies import CollisionPolicy
+
+KIND = "semantic-id tokenizer"
+FORMAT_VERSION = 2
+
+_WRITTEN_FIELDS = ("kind", "format_version", "content_hash", "files")
+
+
+def write_tokenizer(folder: Path, tokenizer: FrozenIds) -> None:
+    """Write an artifact, whole or not at all; an older tokenizer artifact at that place is replaced.
+
+    Raises:
+        InputError: if something else is there, or the place cannot be written.
+    """
+    write_artifact(folder, KIND, lambda temporary: _write_files(temporary, tokenizer))
+
+
+def read_tokenizer(folder: Path) -> tuple[dict[str, Any], Any]:
+    """What a folder holds, verified file by file.
+
+    Returns:
+        The arguments of `FrozenIds`, and the content hash that the manifest states.
+
+    Raises:
+        InputError: if it is missing, damaged, of a newer format, or not a tokenizer artifact.
+        KeyError, TypeError, RuntimeError: if its files do not fit each other.
+    """
+    if has_older_layout(folder):
+        raise InputError(
+            f"{folder} holds an RQ-VAE of the older layout, which has weights but no semantic ids. Compute them "
+            "from item features: SemanticIdTokenizer.fit(load_legacy(path), features, ...)."
+        )
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION, [CONFIG])
+    check_versions(folder / MANIFEST, manifest)
+    language, settings = only_language(folder, read_json(folder / CONFIG))
+    policy = _policy(folder, settings)
+    names = file_names(language, policy, has_quantizer="rqvae" in settings)
+    verify_files(folder, manifest, names.values())
+    ids = read_safetensors(folder / names["semantic_ids"])
+    arguments = {
+        "rqvae": _rqvae(settings["rqvae"], folder / names["quantizer"]) if "rqvae" in settings else None,
+        "semantic_ids": ids["semantic_ids"],
+        "level_sizes": tuple(settings["level_sizes"]),
+        "catalogue": Catalogue.load(folder / names["catalogue"]),
+        "language": language,
+        "manifest": {key: value for key, value in manifest.items() if key not in _WRITTEN_FIELDS},
+        "available": ids.get("available"),
+        "collision_policy": policy,
+        "nearest_codes": ids.get("nearest_codes"),
+    }
+    return arguments, manifest.get("content_hash")
+
+
+def _write_files(folder: Path, tokenizer: FrozenIds) -> None:
+    policy, manifest = tokenizer.collision_policy, tokenizer.described()
+    names = file_names(tokenizer.language, policy, has_quantizer=tokenizer.rqvae is not None)
+    for name in names.values():
+        (folder / name).parent.mkdir(exist_ok=True)
+    config = {"languages": {tokenizer.language: tokenizer.settings()}}
+    write_json(folder / CONFIG, config)
+    if tokenizer.rqvae is not None:
+        save_file(tokenizer.weights(), folder / names["quantizer"])
+    ids = {**tokenizer.ids(), "semantic_ids": tokenizer.semantic_ids.int()}
+    if policy is CollisionPolicy.NEAREST_FREE:
+        ids["nearest_codes"] = tokenizer.nearest_codes.int()
+    save_file(ids, folder / names["semantic_ids"])
+    tokenizer.catalogue.save(folder / names["catalogue"])
+    if policy is CollisionPolicy.NONE:
+        _write_collisions(folder / names["collisions"], tokenizer)
+    written = {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "content_hash": tokenizer.content_hash,
+        "files": file_hashes(folder, names.values()),
+    }
+    write_json(folder / MANIFEST, {**written, **manifest})
+    health = codebook_health(tokenizer.nearest_codes, tokenizer.codebook_sizes)
+    card = model_card(config, manifest, health, num_removed=tokenizer.num_items - tokenizer.num_available)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_collisions(path: Path, tokenizer: FrozenIds) -> None:
+    """The items of every shared id, a line per id and the fullest first."""
+    keys = tokenizer.catalogue.item_keys
+    groups = [
+        {"codes": tokenizer.semantic_ids[group[0]].tolist(), "item_keys": [keys[item_id] for item_id in group]}
+        for group in tokenizer.collisions()
+    ]
+    lines = ",\n".join(json.dumps(group, ensure_ascii=False) for group in groups)
+    path.write_text(f'{{"num_ids": {len(groups)}, "groups": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def _policy(folder: Path, settings: Mapping[str, Any]) -> CollisionPolicy:
+    """That of a language's settings; those of format 1 name none, since there was only one."""
+    name = settings.get("collision_policy", CollisionPolicy.DEDUP_CODE.value)
+    known = [policy.value for policy in CollisionPolicy]
+    if name not in known:
+        raise InputError(f"{folder / CONFIG} expected a collision_policy of {', '.join(known)}, got {name!r}.")
+    return CollisionPolicy(name)
+
+
+def _rqvae(config: dict[str, Any], weights: Path) -> RqVae:
+    rqvae = RqVae(RqVaeConfig.from_dict(config))
+    rqvae.load_state_dict(read_safetensors(weights))
+    return rqvae
