@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ops import checks
 from ops.backend import say_once, uses_cpu_path, uses_triton
+from ops.cpu.residual_quantize import residual_quantize as _residual_quantize_cpu
 from ops.cpu.trie_topk_step import trie_topk_step as _trie_topk_step_cpu
 from ops.reference.build_trie import TrieLevel
 from ops.reference.build_trie import build_trie as _build_trie
@@ -61,6 +62,8 @@ def residual_quantize(x: Tensor, codebooks: Sequence[Tensor], *, precision: str 
 
             return twin(x, codebooks, precision)
         say_once(f"ops.{op} runs in PyTorch for rows wider than {_WIDEST_ROW}, which its kernel cannot hold.")
+    if uses_cpu_path(x.device.type, None):
+        return _residual_quantize_cpu(x, codebooks)
     return _residual_quantize(x, codebooks)
 
 

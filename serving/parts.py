@@ -182,7 +182,7 @@ def open_part(output: Path, rank: int, identity: dict[str, Any], *, restart: boo
         InputError: if another process writes the part, or an earlier run was asked for something else.
     """
     folder = parts_folder(output)
-    with _locked(folder, rank, output) as lock:
+    with locked(folder, rank, output) as lock:
         try:
             _prepare(folder, rank, identity, output, restart=restart)
             with closing(Part(output, rank, identity)) as part:
@@ -222,8 +222,8 @@ def is_locked(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path, rank: int, output: Path) -> Iterator[int]:
-    """The descriptor of the lock that is held meanwhile."""
+def locked(folder: Path, rank: int, output: Path) -> Iterator[int]:
+    """The descriptor of the lock that is held meanwhile (InputError where another process holds it)."""
     descriptor, given_up = None, time.monotonic() + LOCK_PATIENCE
     while (descriptor := _lock(folder, rank)) is None:
         if time.monotonic() > given_up:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 from data.files import sync_file
 from data.schemas import InputError
@@ -50,10 +50,17 @@ class Share(NamedTuple):
         return block % self.num_processes == self.rank
 
 
+class HasLocks(Protocol):
+    """What knows where the processes' locks lie, such as a Part."""
+
+    def path(self, kind: str, rank: int) -> Path:
+        """Of the lock of process `rank`, with kind "lock"."""
+
+
 class Watch:
     """Which of the processes that this one will wait for have begun: process 0 waits for all, the others for it."""
 
-    def __init__(self, part: Part, share: Share) -> None:
+    def __init__(self, part: HasLocks, share: Share) -> None:
         self.share = share
         self._part = part
         self._ranks = range(1, share.num_processes) if share.rank == 0 else range(1)

@@ -138,8 +138,14 @@ def test_null_numbers_become_nan_for_the_store_to_refuse(tmp_path):
     [
         ({"key": ["a"], "embedding": [[1.0]]}, "lacks the columns item_key; its columns: key, embedding"),
         ({"item_key": ["a"], "embedding": [1.0]}, "column embedding holds Float64, expected lists of numbers"),
-        ({"item_key": ["a", "b"], "embedding": [[1.0, 2.0], [1.0]]}, "1 embeddings have fewer than 2 numbers: 'b'"),
-        ({"item_key": ["a", "b"], "embedding": [[1.0, 2.0], None]}, "1 embeddings have fewer than 2 numbers: 'b'"),
+        (
+            {"item_key": ["a", "b"], "embedding": [[1.0, 2.0], [1.0]]},
+            "1 embeddings do not have 2 numbers, as the first has: 'b'",
+        ),
+        (
+            {"item_key": ["a", "b"], "embedding": [[1.0, 2.0], None]},
+            "1 embeddings do not have 2 numbers, as the first has: 'b'",
+        ),
         ({"item_key": ["a", None], "embedding": [[1.0], [2.0]]}, "1 rows have no item_key"),
     ],
 )

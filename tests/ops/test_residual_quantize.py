@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import ops
+from ops.cpu import residual_quantize as cpu
 from ops.reference import residual_quantize as reference
 
 FIRST = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0], [4.0, 4.0]])
@@ -43,14 +44,30 @@ def test_equals_brute_force_in_double(rows, sizes):
     torch.testing.assert_close(residual, expected_residual.float())
 
 
-def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
+@pytest.mark.parametrize("twin", [reference, cpu])
+def test_blocks_of_rows_do_not_change_the_result(monkeypatch, twin):
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    codebooks = [torch.randn(8, 4, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    whole = ops.residual_quantize(x, codebooks)
-    monkeypatch.setattr(reference, "_MAX_DISTANCES", 3 * 8)
-    blocked = ops.residual_quantize(x, codebooks)
+    codebooks = [torch.randn(size, 4, generator=torch.Generator().manual_seed(1)) for size in (8, 3)]
+    whole = twin.residual_quantize(x, codebooks)
+    monkeypatch.setattr(twin, "_MAX_DISTANCES", 3 * 8)
+    blocked = twin.residual_quantize(x, codebooks)
     assert torch.equal(whole[0], blocked[0])
     torch.testing.assert_close(whole[1], blocked[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [0, 1, 63, 3000])
+def test_the_twin_for_processors_gives_what_the_plain_one_gives(dtype, rows):
+    """On whole numbers, which do not round: ties, NaN, an odd number of codes, strides."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-4, 5, (6, rows), generator=generator).to(dtype).T
+    x[::7, 1] = float("nan")
+    codebooks = [torch.randint(-4, 5, (size, 6), generator=generator).float() for size in (100, 1, 259)]
+    codebooks[0].requires_grad_()
+    expected = reference.residual_quantize(x, codebooks)
+    found = cpu.residual_quantize(x, codebooks)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
 def test_input_is_left_alone_and_has_no_gradient():

@@ -1,7 +1,5 @@
-"""The page in a real browser: Debian's chromium, or whatever CHROMIUM and CHROMEDRIVER name."""
+"""The page in a real browser."""
 
-import os
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,12 +8,12 @@ for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason=f"{package} comes with requirements-serve.txt")
 selenium = pytest.importorskip("selenium", reason="selenium comes with requirements-dev.txt")
 
-from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 from modules.recommender import Recommender  # noqa: E402
 from serving.service import RecommendService  # noqa: E402
+from tests.browsers import chromium  # noqa: E402
 from tests.modules.tiny_artifact import save_tiny_artifact  # noqa: E402
 from tests.serving.running import running, wait_until  # noqa: E402
 
@@ -24,16 +22,7 @@ MARKUP = '<img src=x onerror="window.hacked=1"><b>Bold</b> "&amp;" \' </script><
 
 @pytest.fixture(scope="module")
 def browser():
-    binary = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    driver = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")
-    if not (binary and driver):
-        pytest.skip("chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"):
-        options.add_argument(argument)
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
+    with chromium() as browser:
         yield browser
 
 
