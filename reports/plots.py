@@ -37,7 +37,7 @@ def plot_run(metrics_log: Path, report: Path) -> list[Path]:
         InputError: if the log does not exist.
     """
     figures: dict[str, dict[str, Curve]] = defaultdict(dict)
-    curves = _curves(metrics_log)
+    curves = read_curves(metrics_log)
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed")
         return []
@@ -47,7 +47,15 @@ def plot_run(metrics_log: Path, report: Path) -> list[Path]:
     return [_draw(figures[title], title, report / f"{title}.png") for title in sorted(figures)]
 
 
-def _curves(metrics_log: Path) -> dict[str, Curve]:
+def read_curves(metrics_log: Path) -> dict[str, Curve]:
+    """Steps and values of every quantity that is drawn, by its name in the log.
+
+    Args:
+        metrics_log: a run's metrics.jsonl; a last line that a crash cut short is ignored.
+
+    Raises:
+        InputError: if it does not exist.
+    """
     if not metrics_log.is_file():
         raise InputError(f"{metrics_log} does not exist; give the metrics.jsonl of a run folder.")
     curves: dict[str, Curve] = defaultdict(lambda: ([], []))
@@ -80,18 +88,23 @@ def _figure_of(name: str) -> str:
     return "metrics"
 
 
+def panels(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
+    """Curves by quantity: the slices of a metric, or the levels of a codebook, share a panel."""
+    found: dict[str, dict[str, Curve]] = defaultdict(dict)
+    for name, curve in sorted(curves.items()):
+        found[_LEVEL.sub("", name.rsplit("/", 1)[-1])][name] = curve
+    return found
+
+
 def _draw(curves: dict[str, Curve], title: str, path: Path) -> Path:
-    """One panel per quantity: the slices of a metric, or the levels of a codebook, share a panel."""
     from matplotlib.figure import Figure
 
-    panels: dict[str, dict[str, Curve]] = defaultdict(dict)
-    for name, curve in sorted(curves.items()):
-        panels[_LEVEL.sub("", name.rsplit("/", 1)[-1])][name] = curve
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
+    quantities = panels(curves)
+    columns = min(len(quantities), 3)
+    rows = -(-len(quantities) // columns)
     figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
     figure.suptitle(title.replace("_", " "))
-    for index, (quantity, named) in enumerate(panels.items(), start=1):
+    for index, (quantity, named) in enumerate(quantities.items(), start=1):
         axes = figure.add_subplot(rows, columns, index, title=quantity, xlabel="step")
         for name, (steps, values) in named.items():
             axes.plot(steps, values, marker="." if len(steps) < 30 else None, label=name)
