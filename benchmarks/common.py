@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.files import without_paths
 from data.schemas import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -28,7 +29,6 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 _PACKAGES = ("torch", "triton", "numpy", "polars", "transformers", "accelerate", "sentence-transformers")
 _LAUNCH_CYCLES = 2_000_000
 """About a millisecond of a GPU: longer than launching any op takes."""
-_PATH = re.compile(r"(?<![\w.])/[\w./-]+/([\w.-]+)")
 
 
 def device_name(device: str = "cpu") -> str:
@@ -256,11 +256,6 @@ def _command() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     script = f"-m {spec.name}" if spec is not None else Path(sys.argv[0]).name
     return without_paths(" ".join(["python", script, *sys.argv[1:]]))
-
-
-def without_paths(text: str) -> str:
-    """The text with absolute paths cut to their last part: results are for other machines too."""
-    return _PATH.sub(r"\1", text)
 
 
 def _slug(text: str) -> str:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import print_table, without_paths, write_result
+from benchmarks.common import print_table, write_result
+from data.files import without_paths
 from data.schemas import InputError
 from training.cli import run_cli
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from data.schemas import InputError
+
+_PATH = re.compile(r"(?<![\w.])/[\w./-]+/([\w.-]+)")
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -164,3 +167,8 @@ def cannot_write(folder: Path, error: Exception) -> InputError:
         f"cannot write {folder}: {disk_problem(error) or error}. Free space there, make it writable, or choose another "
         "place; what was there before is untouched."
     )
+
+
+def without_paths(text: str) -> str:
+    """The text with absolute paths cut to their last part: what is published is for other machines too."""
+    return _PATH.sub(r"\1", text)

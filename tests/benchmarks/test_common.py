@@ -15,9 +15,9 @@ from benchmarks.common import (
     print_table,
     ratios,
     summarize,
-    without_paths,
     write_result,
 )
+from data.files import without_paths
 from data.schemas import InputError
 
 
