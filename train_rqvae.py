@@ -8,25 +8,34 @@ The artifact lies in SAVE_DIR_ROOT/model; train_decoder.py takes that path as it
 """
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import gin
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batching import FeatureBatches, cold_items
-from data.features import FeatureConfig, load_item_features
+from data.batching import FeatureBatches
+from data.features import FeatureConfig
 from data.files import json_sha256
-from data.processed import DatasetConfig, PreparedDataset, RecDataset, load_dataset
-from data.schemas import Catalogue, InputError
+from data.item_sets import ItemSet, joined_features, load_datasets, load_item_sets, training_rows
+from data.joined_rows import ChosenRows, RowMatrix
+from data.processed import DatasetConfig, RecDataset
+from data.schemas import InputError
 from data.sources.tables import TablesConfig
 from evaluation.codebook import check_collapse, codebook_health
-from modules.quantize import QuantizeMode
+from modules.estimators import QuantizeMode
+from modules.quantize import Distance
+from modules.residual_kmeans import residual_kmeans
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.tokenizer.assign import assign_codes
+from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.plots import plot_run
+from reports.tokenizer_report import write_tokenizer_report
 from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
@@ -35,9 +44,20 @@ from training.loop_config import LoopConfig
 from training.processes import on_main, process_state
 from training.run_folder import RunFolder, RunOptions
 
-register(DatasetConfig, TablesConfig, FeatureConfig, RqVaeConfig, LoopConfig, RecDataset, QuantizeMode)
+register(DatasetConfig, TablesConfig, FeatureConfig, RqVaeConfig, LoopConfig)
+register(RecDataset, QuantizeMode, Distance, CollisionPolicy)
 
 _EVALUATION_ROWS = 4096
+
+TrainOn = Literal["all", "seen"]
+SelectBy = Literal["reconstruction", "loss", "collisions"]
+
+_SELECTION = {
+    "reconstruction": ("valid/reconstruction", False),
+    "loss": ("valid/loss", False),
+    "collisions": ("codebook/unique_ratio", True),
+}
+"""Metric, and whether higher is better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +66,7 @@ class RqVaeBatch:
 
     Attributes:
         drawn: of `FeatureBatches.draw`.
-        temperature: [] of the Gumbel softmax in this step; None in the other modes.
+        temperature: [] of the Gumbel softmax in this step; None where no level chooses softly.
     """
 
     drawn: Tensor
@@ -62,54 +82,93 @@ class RqVaeBatch:
         return RqVaeBatch(self.drawn.to(device, non_blocking=soon), temperature)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """The arguments of `train` of these names, which decide what is trained besides its configs."""
+
+    batch_size: int
+    pretrain_steps: int
+    kmeans_rows: int
+    kmeans_rounds: int
+    temperature: tuple[float, float]
+    min_codebook_use: float
+    train_on: str
+    held_out: float
+    select_by: str
+    neighbours_together: int
+    max_evaluated_items: int
+    collisions: CollisionPolicy
+    seed: int
+
+    def __post_init__(self) -> None:
+        name = "train_rqvae.train"
+        require_at_least(
+            1,
+            name,
+            batch_size=self.batch_size,
+            kmeans_rows=self.kmeans_rows,
+            neighbours_together=self.neighbours_together,
+            max_evaluated_items=self.max_evaluated_items,
+        )
+        require_at_least(0, name, pretrain_steps=self.pretrain_steps, kmeans_rounds=self.kmeans_rounds)
+        if not min(self.temperature) > 0:
+            raise InputError(f"{name}.temperature expected two positive numbers, got {self.temperature}.")
+        if not 0 < self.min_codebook_use <= 1:
+            raise InputError(f"{name}.min_codebook_use expected a share in (0, 1], got {self.min_codebook_use}.")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"{name}.held_out expected a share in [0, 1), got {self.held_out}.")
+        for field, choices in {"train_on": get_args(TrainOn), "select_by": get_args(SelectBy)}.items():
+            if getattr(self, field) not in choices:
+                raise InputError(f"{name}.{field} expected one of {', '.join(choices)}, got {getattr(self, field)!r}.")
+
+
 class RqVaeTask:
     """What the training loop needs to know of an RQ-VAE.
 
     Args:
         model: the RQ-VAE, codebooks initialised.
-        features: [N, D] item features, in memory or memory-mapped.
-        batch_size: items per process and step.
-        seed: fixes the order of items.
-        temperature: of the Gumbel softmax at the first and the last batch, annealed geometrically between them.
-        num_batches: length of the annealing.
-        min_codebook_use: share of its codes that every level must use; below it the run stops.
+        features: [N, D] of all items, in memory or memory-mapped.
+        train_rows: which of them to train on, similar ones next to each other where neighbours shall meet.
+        valid_rows: which of them to measure losses on; codebooks are measured on all.
+        settings: how to train and select.
+        num_batches: over which the temperature anneals geometrically from its first to its last value.
     """
-
-    selection_metric = "valid/reconstruction"
-    higher_is_better = False
 
     def __init__(
         self,
         model: RqVae,
-        features: np.ndarray,
+        features: RowMatrix,
+        train_rows: np.ndarray,
+        valid_rows: np.ndarray,
         *,
-        batch_size: int,
-        seed: int,
-        temperature: tuple[float, float],
+        settings: TokenizerSettings,
         num_batches: int,
-        min_codebook_use: float,
     ) -> None:
         process = process_state()
         self.model: nn.Module = model
+        self.selection_metric, self.higher_is_better = _SELECTION[settings.select_by]
         self._config = model.config
         self._features = features
         self._batches = FeatureBatches(
             features,
-            batch_size,
-            seed,
+            settings.batch_size,
+            settings.seed,
+            rows=train_rows,
+            run_length=settings.neighbours_together,
             device=process.device,
             process_index=process.process_index,
             num_processes=process.num_processes,
         )
-        self._temperature = temperature
+        self._valid_rows = _sample(valid_rows, settings.max_evaluated_items, settings.seed)
+        self._measured_rows = _sample(np.arange(len(features)), settings.max_evaluated_items, settings.seed)
+        self._settings = settings
         self._num_batches = num_batches
-        self._min_codebook_use = min_codebook_use
 
     def batch(self, step: int) -> RqVaeBatch:
         """Items and temperature of a step."""
-        if self._config.mode is not QuantizeMode.GUMBEL_SOFTMAX:
+        if not self._config.uses_temperature:
             return RqVaeBatch(self._batches.draw(step), None)
-        first, last = self._temperature
+        first, last = self._settings.temperature
         temperature = first * (last / first) ** min(step / self._num_batches, 1.0)
         return RqVaeBatch(self._batches.draw(step), torch.tensor(temperature))
 
@@ -120,24 +179,30 @@ class RqVaeTask:
         return {"loss": output.loss, "reconstruction": output.reconstruction_loss, "quantize": output.quantize_loss}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss and codebook health over all items.
+        """Losses over the validation items, codebook health over all items; both over a sample of very many.
 
         Raises:
             InputError: if a level uses fewer of its codes than min_codebook_use.
         """
+        losses, codes = self._measure(model, self._valid_rows)
+        if not np.array_equal(self._valid_rows, self._measured_rows):
+            codes = self._measure(model, self._measured_rows)[1]
+        health = codebook_health(codes, self._config.codebook_sizes)
+        check_collapse(health, self._settings.min_codebook_use)
+        return losses | health.as_metrics()
+
+    def _measure(self, model: nn.Module, rows: np.ndarray) -> tuple[dict[str, float], Tensor]:
+        """Mean losses and codes of some rows."""
         device = next(model.parameters()).device
         losses, codes = torch.zeros(3, dtype=torch.float64), []
-        for start in range(0, len(self._features), _EVALUATION_ROWS):
-            block = np.array(self._features[start : start + _EVALUATION_ROWS], dtype=np.float32)
-            output = model(torch.from_numpy(block).to(device), temperature=self._temperature[1])
+        for start in range(0, len(rows), _EVALUATION_ROWS):
+            block = np.array(self._features[rows[start : start + _EVALUATION_ROWS]], dtype=np.float32)
+            output = model(torch.from_numpy(block).to(device), temperature=self._settings.temperature[1])
             parts = torch.stack([output.loss, output.reconstruction_loss, output.quantize_loss])
             losses += parts.double().cpu() * len(block)
             codes.append(output.codes.cpu())
         names = ("valid/loss", "valid/reconstruction", "valid/quantize")
-        means = dict(zip(names, (losses / len(self._features)).tolist(), strict=True))
-        health = codebook_health(torch.cat(codes), self._config.codebook_sizes)
-        check_collapse(health, self._min_codebook_use)
-        return means | health.as_metrics()
+        return dict(zip(names, (losses / len(rows)).tolist(), strict=True)), torch.cat(codes)
 
 
 @gin.configurable(module="train_rqvae")
@@ -149,16 +214,26 @@ def train(
     features: FeatureConfig,
     model: RqVaeConfig,
     loop: LoopConfig,
+    more_datasets: tuple[DatasetConfig, ...] = (),
+    train_on: TrainOn = "all",
+    held_out: float = 0.0,
+    select_by: SelectBy = "reconstruction",
+    collisions: CollisionPolicy = CollisionPolicy.DEDUP_CODE,
     batch_size: int = 1024,
+    neighbours_together: int = 1,
     pretrain_steps: int = 300,
     kmeans_rows: int = 20_000,
+    kmeans_rounds: int = 0,
     temperature: tuple[float, float] = (0.3, 0.02),
     min_codebook_use: float = 0.2,
+    max_evaluated_items: int = 200_000,
     seed: int = 0,
     wandb_logging: bool = False,
     reuse_for: str | None = None,
 ) -> Path:
-    """Train an RQ-VAE on the items of a data set and freeze it as a tokenizer.
+    """Train an RQ-VAE on the items of data sets and freeze it as a tokenizer for each.
+
+    With `RqVaeConfig.encoder = "identity"` nothing is trained by gradient: the codebooks come from residual k-means.
 
     Args:
         options: how the run was started.
@@ -167,106 +242,167 @@ def train(
         features: what the RQ-VAE reads of them.
         model: its shape.
         loop: how to train.
+        more_datasets: whose items it is trained on as well; their tokenizers get folders under more_models/.
+        train_on: "seen" leaves out items that no training history contains, so that their ids are those of items that
+            come later.
+        held_out: share of the items to keep out of training and validate on.
+        select_by: which weights to keep: those of the lowest reconstruction error or loss, over the items that are not
+            trained on if there are any, or those with the fewest collisions.
+        collisions: what becomes of items that share their codes.
         batch_size: items per process and step.
+        neighbours_together: similar items that come into a batch together; `RqVaeConfig.separation_weight` needs some.
         pretrain_steps: steps of the autoencoder alone, before k-means sets the codebooks.
         kmeans_rows: items on which the codebooks are initialised.
+        kmeans_rounds: in which k-means looks for better codebooks than its first; 15 pay where training begins with
+            small errors already, as with `RqVaeConfig.encoder = "skip"`.
         temperature: of the Gumbel softmax at the first and the last step.
         min_codebook_use: share of its codes that every level must use; below it the run stops with an error.
+        max_evaluated_items: items that an evaluation reads at most, drawn once.
         seed: of weights, k-means, batches and noise.
         wandb_logging: also log to W&B.
         reuse_for: run folder of the training that needs the tokenizer: the artifact of a finished run with these
             settings is returned instead of training again.
 
     Returns:
-        Folder of the tokenizer artifact.
+        Folder of the tokenizer artifact of `dataset`.
 
     Raises:
         InputError: for bad input, a collapsed codebook, or a folder that holds another run.
     """
-    _check_settings(batch_size, pretrain_steps, kmeans_rows, temperature, min_codebook_use)
+    settings = TokenizerSettings(
+        batch_size=batch_size,
+        neighbours_together=neighbours_together,
+        pretrain_steps=pretrain_steps,
+        kmeans_rows=kmeans_rows,
+        kmeans_rounds=kmeans_rounds,
+        temperature=temperature,
+        min_codebook_use=min_codebook_use,
+        train_on=train_on,
+        held_out=held_out,
+        select_by=select_by,
+        max_evaluated_items=max_evaluated_items,
+        collisions=collisions,
+        seed=seed,
+    )
     artifact = Path(save_dir_root) / "model"
     if reuse_for is not None and Path(reuse_for).resolve() == Path(save_dir_root).resolve():
         raise InputError(f"both stages have save_dir_root = {save_dir_root!r}. Give each a folder of its own.")
     finished = reuse_for is not None and (artifact / "manifest.json").is_file()
-    prepared = load_dataset(dataset)
+    datasets = [dataset, *more_datasets]
+    prepared = load_datasets(datasets)
     if not finished:  # before the features are encoded, which may take long
-        run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
-    item_features = load_item_features(prepared, features)
-    settings = json_sha256(
-        {
-            "data": prepared.manifest_hash,
-            "features": item_features.description,
-            "model": model.to_dict(),
-            # Graphs change how a run computes, not what: artifacts of either kind are reused.
-            "loop": {name: value for name, value in asdict(loop).items() if name != "cuda_graphs"},
-            "training": [batch_size, pretrain_steps, kmeans_rows, temperature, seed],
-        }
-    )
+        hashes = [one.manifest_hash for one in prepared]
+        data_hash = hashes[0] if len(hashes) == 1 else json_sha256(hashes)
+        run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=data_hash)
+    sets = load_item_sets(prepared, datasets, features)
+    settings_hash = _hash_of(sets, model, loop, settings)
     if finished:
-        _check_settings_of(artifact, settings)
+        _check_settings_of(artifact, settings_hash)
         return artifact
 
     torch.manual_seed(seed)
-    rqvae = RqVae(model)
-    first_rows = _sample_rows(item_features.values, kmeans_rows, seed)
-    rqvae.fit_autoencoder_(first_rows, num_steps=pretrain_steps, batch_size=batch_size, seed=seed)
-    rqvae.initialize_codebooks_(first_rows, seed=seed)
-    task = RqVaeTask(
-        rqvae,
-        item_features.values,
-        batch_size=batch_size,
-        seed=seed,
-        temperature=temperature,
-        num_batches=loop.num_steps * loop.gradient_accumulation_steps,
-        min_codebook_use=min_codebook_use,
-    )
-    result = run_training(task, loop, run, seed=seed, resume=options.resume, wandb_logging=wandb_logging)
+    rqvae, values = RqVae(model), joined_features(sets)
+    rows, valid_rows = training_rows(sets, seen_only=train_on == "seen", held_out=held_out, seed=seed)
+    _initialize(rqvae, values, rows, settings)
+    num_batches = loop.num_steps * loop.gradient_accumulation_steps
+    rows = rows if neighbours_together == 1 else _by_codes(rqvae, values, rows)
+    task = RqVaeTask(rqvae, values, rows, valid_rows, settings=settings, num_batches=num_batches)
+    facts: dict[str, float] = {"steps": 0, "seconds": 0.0, "best_step": 0}
+    if model.encoder != "identity":
+        result = run_training(task, loop, run, seed=seed, resume=options.resume, wandb_logging=wandb_logging)
+        facts = {"steps": result.steps, "seconds": round(result.seconds, 1), "best_step": result.best_step}
 
     with torch.no_grad():
         metrics = task.evaluate(rqvae.eval())
-    tokenizer = SemanticIdTokenizer.fit(
-        rqvae.cpu(),
-        item_features.values,
-        _catalogue(prepared, dataset.split),
-        feature_description=item_features.description,
-        dataset_manifest_hash=prepared.manifest_hash,
-        metrics=metrics,
-        provenance={"settings_hash": settings, "steps": result.steps, "seconds": round(result.seconds, 1)},
-    )
-    run.write_metrics(metrics | {"best_step": result.best_step, "steps": result.steps, "seconds": result.seconds})
-    on_main(lambda: plot_run(run.metrics_log, run.report))
-    on_main(lambda: tokenizer.save_pretrained(run.model))  # last: a run that holds it is finished
-    _announce(tokenizer, metrics, run)
+    provenance: dict[str, float | str] = {"settings_hash": settings_hash, **facts}
+    tokenizers = [_tokenizer(rqvae.cpu(), items, collisions, metrics, provenance) for items in sets]
+    run.write_metrics(metrics | tokenizers[0].manifest["metrics"] | facts)
+    on_main(lambda: _report(run, tokenizers[0], sets[0]))
+    on_main(lambda: _save(run, tokenizers, sets))
+    _announce(tokenizers[0], metrics, run)
     return run.model
 
 
-def _check_settings(
-    batch_size: int, pretrain_steps: int, kmeans_rows: int, temperature: tuple[float, float], min_codebook_use: float
-) -> None:
-    require_at_least(1, "train_rqvae.train", batch_size=batch_size, kmeans_rows=kmeans_rows)
-    require_at_least(0, "train_rqvae.train", pretrain_steps=pretrain_steps)
-    if not min(temperature) > 0:
-        raise InputError(f"train_rqvae.train.temperature expected two positive numbers, got {temperature}.")
-    if not 0 < min_codebook_use <= 1:
-        raise InputError(f"train_rqvae.train.min_codebook_use expected a share in (0, 1], got {min_codebook_use}.")
+def _hash_of(sets: Sequence[ItemSet], model: RqVaeConfig, loop: LoopConfig, settings: TokenizerSettings) -> str:
+    """Of all that decides the artifacts."""
+    return json_sha256(
+        {
+            "data": [items.prepared.manifest_hash for items in sets],
+            "features": [items.features.description for items in sets],
+            "model": model.to_dict(),
+            # Graphs change how a run computes, not what: artifacts of either kind are reused.
+            "loop": {name: value for name, value in asdict(loop).items() if name != "cuda_graphs"},
+            "training": {**asdict(settings), "collisions": settings.collisions.value},
+        }
+    )
 
 
-def _sample_rows(features: np.ndarray, num_rows: int, seed: int) -> Tensor:
-    """Up to num_rows distinct rows as float32; the same for the same seed."""
-    rows = np.random.default_rng(seed).permutation(len(features))[:num_rows]
-    return torch.from_numpy(np.asarray(features[np.sort(rows)], dtype=np.float32))
+def _initialize(rqvae: RqVae, features: RowMatrix, train_rows: np.ndarray, settings: TokenizerSettings) -> None:
+    """Codebooks by k-means, on a roughly trained encoder where there is one; a resumed run overwrites both."""
+    if rqvae.config.encoder == "identity":
+        seen = features if len(train_rows) == len(features) else ChosenRows(features, train_rows)
+        device = process_state().device
+        rqvae.set_codebooks_(residual_kmeans(seen, rqvae.config.codebook_sizes, seed=settings.seed, device=device))
+        return
+    chosen = _sample(train_rows, settings.kmeans_rows, settings.seed)
+    first_rows = torch.from_numpy(np.asarray(features[chosen], dtype=np.float32))
+    if rqvae.config.encoder == "skip":
+        rqvae.set_principal_components_(first_rows)
+    rqvae.fit_autoencoder_(
+        first_rows, num_steps=settings.pretrain_steps, batch_size=settings.batch_size, seed=settings.seed
+    )
+    rqvae.initialize_codebooks_(first_rows, num_rounds=settings.kmeans_rounds, seed=settings.seed)
 
 
-def _catalogue(prepared: PreparedDataset, split: str) -> Catalogue:
-    """The data set's catalogue, with the items marked that no training range of the split contains."""
-    catalogue = prepared.catalogue
-    return replace(catalogue, cold=cold_items(prepared.histories, prepared.split(split), len(catalogue)))
+def _by_codes(rqvae: RqVae, features: RowMatrix, rows: np.ndarray) -> np.ndarray:
+    """The rows in the order of their first codes, so that similar ones lie next to each other."""
+    codes = assign_codes(rqvae, ChosenRows(features, rows)).cpu().numpy()
+    return rows[np.lexsort(codes.T[::-1])]
 
 
-def _check_settings_of(artifact: Path, settings: str) -> None:
+def _sample(rows: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
+    """Up to num_rows of the rows, ascending; the same for the same seed."""
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:num_rows])
+
+
+def _tokenizer(
+    rqvae: RqVae,
+    items: ItemSet,
+    collisions: CollisionPolicy,
+    metrics: dict[str, float],
+    provenance: dict[str, float | str],
+) -> SemanticIdTokenizer:
+    """The tokenizer of one data set; what the metrics say of codebooks it measures itself, on all of its items."""
+    losses = {name: value for name, value in metrics.items() if name.startswith("valid/")}
+    return SemanticIdTokenizer.fit(
+        rqvae,
+        items.features.values,
+        items.catalogue,
+        feature_description=items.features.description,
+        dataset_manifest_hash=items.prepared.manifest_hash,
+        collisions=collisions,
+        metrics=losses,
+        provenance=provenance,
+    )
+
+
+def _save(run: RunFolder, tokenizers: Sequence[SemanticIdTokenizer], sets: Sequence[ItemSet]) -> None:
+    for tokenizer, items in zip(tokenizers[1:], sets[1:], strict=True):
+        tokenizer.save_pretrained(run.more_models / items.name)
+    tokenizers[0].save_pretrained(run.model)  # last: a run that holds it is finished
+
+
+def _report(run: RunFolder, tokenizer: SemanticIdTokenizer, items: ItemSet) -> None:
+    metrics_log = run.metrics_log if run.metrics_log.is_file() else None  # none of k-means alone
+    if metrics_log is not None:
+        plot_run(metrics_log, run.report)
+    write_tokenizer_report(run.report, tokenizer, items.features.values, metrics_log=metrics_log)
+
+
+def _check_settings_of(artifact: Path, settings_hash: str) -> None:
     """InputError if the tokenizer there was trained with other settings."""
     provenance = SemanticIdTokenizer.from_pretrained(artifact).manifest.get("provenance", {})
-    if provenance.get("settings_hash") != settings:
+    if provenance.get("settings_hash") != settings_hash:
         raise InputError(
             f"{artifact} holds a tokenizer that was trained with other data or settings. Set "
             "train_rqvae.train.save_dir_root to another folder, train it again with train_rqvae.py --overwrite, "
@@ -276,9 +412,12 @@ def _check_settings_of(artifact: Path, settings: str) -> None:
 
 def _announce(tokenizer: SemanticIdTokenizer, metrics: dict[str, float], run: RunFolder) -> None:
     if process_state().is_main_process:
+        numbers = tokenizer.manifest["metrics"]
         print(
-            f"tokenizer: {tokenizer.num_items:,} items, {metrics['codebook/unique_ratio']:.1%} distinct ids before "
-            f"dedup, reconstruction error {metrics['valid/reconstruction']:.4f}; written to {run.model}"
+            f"tokenizer: {tokenizer.num_items:,} items, {numbers['codebook/unique_ratio']:.1%} distinct ids before "
+            f"and {numbers['semantic_ids/unique_ratio']:.1%} after collisions were handled "
+            f"({tokenizer.collision_policy.value}), reconstruction error {metrics['valid/reconstruction']:.4f}; "
+            f"written to {run.model}, report in {run.report / 'index.html'}"
         )
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,9 +14,10 @@ import train_decoder
 import train_rqvae
 from data.schemas import InputError
 from modules.artifact import load_model_artifact
-from modules.quantize import QuantizeMode
+from modules.estimators import QuantizeMode
 from modules.recommender import Recommender
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
+from tests.training.tasks import tokenizer_settings
 from training.cli import RunOptions, main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -179,7 +181,7 @@ def test_the_scripts_run_as_programs(tmp_path):
     command = [sys.executable, "train_rqvae.py", str(CONFIGS / "rqvae.gin"), *overrides(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "distinct ids before dedup" in done.stdout
+    assert "100.0% after collisions were handled" in done.stdout
     wrong = subprocess.run([*command, "--gin.train.batchsize=3"], cwd=REPOSITORY, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "batch_size" in wrong.stderr
@@ -191,11 +193,10 @@ def rqvae_task(mode: QuantizeMode) -> train_rqvae.RqVaeTask:
     return train_rqvae.RqVaeTask(
         train_rqvae.RqVae(train_rqvae.RqVaeConfig(input_dim=4, hidden_dims=(4,), codebook_sizes=(2,), mode=mode)),
         features,
-        batch_size=3,
-        seed=0,
-        temperature=(1.0, 0.01),
+        np.arange(10),
+        np.arange(10),
+        settings=tokenizer_settings(batch_size=3, temperature=(1.0, 0.01)),
         num_batches=10,
-        min_codebook_use=0.1,
     )
 
 

@@ -26,6 +26,13 @@ def settings(**changes: Any) -> dict[str, Any]:
             r"train_rqvae.train.temperature expected two positive numbers, got \(0.0, 0.02\)",
         ),
         ({"min_codebook_use": 2.0}, r"train_rqvae.train.min_codebook_use expected a share in \(0, 1\], got 2.0"),
+        ({"held_out": 1.0}, r"train_rqvae.train.held_out expected a share in \[0, 1\), got 1.0"),
+        ({"neighbours_together": 0}, "train_rqvae.train.neighbours_together expected at least 1, got 0"),
+        ({"train_on": "Seen"}, "train_rqvae.train.train_on expected one of all, seen, got 'Seen'"),
+        (
+            {"select_by": "use"},
+            "train_rqvae.train.select_by expected one of reconstruction, loss, collisions, got 'use'",
+        ),
     ],
 )
 def test_rqvae_settings(change, message):

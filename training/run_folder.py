@@ -8,7 +8,8 @@ metrics.json           final metrics
 ranks_*.safetensors    every user's rank, of runs that rank
 checkpoints/           see checkpoint.py
 model/                 the artifact
-report/                plots
+more_models/           artifacts of further data sets, of runs that train on several
+report/                plots, and of tokenizers a page
 """
 
 import json
@@ -35,7 +36,7 @@ from training.processes import on_main, process_state
 
 _FORMAT = 1
 _FILES = ("config.gin", "operative_config.gin", "env.json", "metrics.jsonl", "metrics.json")
-_FOLDERS = ("checkpoints", "model", "report")
+_FOLDERS = ("checkpoints", "model", "more_models", "report")
 _PACKAGES = ("torch", "triton", "accelerate", "gin-config", "numpy", "safetensors", "einops", "polars", "wandb")
 
 
@@ -66,6 +67,7 @@ class RunFolder:
         self.options = options
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
+        self.more_models = root / "more_models"
         self.report = root / "report"
         self.metrics_log = root / "metrics.jsonl"
 
@@ -219,9 +221,10 @@ class RunFolder:
         for path in (*(self.root / name for name in _FILES), *self.root.glob("ranks_*.safetensors")):
             if path.name != "env.json":
                 path.unlink(missing_ok=True)
-        if self.model.is_dir():
-            shutil.rmtree(self.model)
-        for pattern in ("*.png", "*.html"):
+        for folder in (self.model, self.more_models):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        for pattern in ("*.png", "*.html", "*.json"):
             for path in self.report.glob(pattern):
                 path.unlink()
         remove_checkpoints(self.checkpoints)

@@ -11,13 +11,15 @@ from torch import Tensor
 import train_rqvae
 from data.batching import ExampleStrategy, TrainingBatches
 from data.schemas import Histories, Ranges
+from modules.estimators import QuantizeMode
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
-from modules.quantize import QuantizeMode
+from modules.quantize import Distance
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.sequence import SequenceTokenizer
 from tests.training.tiny import loop_config
 from train_decoder import RetrievalTask
-from train_rqvae import RqVaeTask
+from train_rqvae import RqVaeTask, TokenizerSettings
 from training.optimizers import build_optimizer
 from training.step import OptimizerStep
 from training.task import Task
@@ -81,19 +83,53 @@ def retrieval_task(*, fixed_capacity: bool, dropout: float = 0.1, device: torch.
     return RetrievalTask(model, batches, tokenize=tokenize, validate=dict)
 
 
-def rqvae_task(mode: QuantizeMode, *, num_batches: int, device: torch.device = CPU) -> RqVaeTask:
-    """Forty items of eight features; batches of 16."""
+def tokenizer_settings(**changes: Any) -> TokenizerSettings:
+    """Settings of `train_rqvae.train`, small where they are sizes."""
+    settings: dict[str, Any] = {
+        "batch_size": 16,
+        "pretrain_steps": 0,
+        "kmeans_rows": 100,
+        "kmeans_rounds": 0,
+        "temperature": (2.0, 0.05),
+        "min_codebook_use": 0.1,
+        "train_on": "all",
+        "held_out": 0.0,
+        "select_by": "reconstruction",
+        "neighbours_together": 1,
+        "max_evaluated_items": 1000,
+        "collisions": CollisionPolicy.DEDUP_CODE,
+        "seed": 0,
+    }
+    return TokenizerSettings(**{**settings, **changes})
+
+
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    **{mode.value: {"mode": mode} for mode in QuantizeMode},
+    "sim_vq": {"sim_vq": True},
+    "ema": {"ema_decay": 0.9, "restart_after": 2},
+    "restarts": {"restart_after": 2, "mode": QuantizeMode.ROTATION_TRICK},
+    "sinkhorn": {"sinkhorn_epsilon": (0.0, 0.01)},
+    "cosine": {"distance": Distance.COSINE},
+    "soft cosine": {"distance": Distance.COSINE, "mode": QuantizeMode.GUMBEL_SOFTMAX},
+    "separation": {"separation_weight": 1.0},
+    "mixed": {"mode": (QuantizeMode.GUMBEL_SOFTMAX, QuantizeMode.ROTATION_TRICK), "ema_decay": (0.0, 0.9)},
+}
+"""Settings of RqVaeConfig that each train in another way."""
+
+
+def rqvae_task(quantizer: str, *, num_batches: int, device: torch.device = CPU) -> RqVaeTask:
+    """Forty items of eight features; batches of 16; quantizer is one of QUANTIZERS."""
     torch.manual_seed(0)
-    config = RqVaeConfig(input_dim=8, hidden_dims=(8,), embed_dim=4, codebook_sizes=(6, 6), mode=mode)
+    settings = {"mode": QuantizeMode.STRAIGHT_THROUGH, **QUANTIZERS[quantizer]}
+    config = RqVaeConfig(input_dim=8, hidden_dims=(8,), embed_dim=4, codebook_sizes=(6, 6), **settings)
     alone = SimpleNamespace(device=device, process_index=0, num_processes=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_rqvae, "process_state", lambda: alone)
         return RqVaeTask(
             RqVae(config),
             np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32),
-            batch_size=16,
-            seed=0,
-            temperature=(2.0, 0.05),
+            np.arange(40),
+            np.arange(40),
+            settings=tokenizer_settings(),
             num_batches=num_batches,
-            min_codebook_use=0.1,
         )

@@ -11,9 +11,8 @@ import ops
 import ops.backend
 import ops.checks
 import ops.graphs
-from modules.quantize import QuantizeMode
 from tests.ops.recorders import TapeRecorder
-from tests.training.tasks import CPU, retrieval_task, rqvae_task, train
+from tests.training.tasks import CPU, QUANTIZERS, retrieval_task, rqvae_task, train
 from train_rqvae import RqVaeTask
 from training.task import Task
 
@@ -69,9 +68,9 @@ def test_a_fixed_capacity_changes_nothing_but_rounding():
     torch.testing.assert_close(state(fixed.model), state(exact.model), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", list(QuantizeMode))
-def test_the_rqvae_trains_the_same_recorded(recorders, mode):
-    assert_same_training(*(rqvae_task(mode, num_batches=NUM_STEPS) for _ in range(2)), recorders)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_rqvae_trains_the_same_recorded(recorders, quantizer):
+    assert_same_training(*(rqvae_task(quantizer, num_batches=NUM_STEPS) for _ in range(2)), recorders)
 
 
 def test_the_temperature_of_a_recorded_training_changes(recorders):
@@ -82,6 +81,6 @@ def test_the_temperature_of_a_recorded_training_changes(recorders):
             self.frozen = getattr(self, "frozen", float(batch.temperature))
             return super().loss(model, type(batch)(batch.drawn, torch.full_like(batch.temperature, self.frozen)))
 
-    right, frozen = (rqvae_task(QuantizeMode.GUMBEL_SOFTMAX, num_batches=NUM_STEPS) for _ in range(2))
+    right, frozen = (rqvae_task("gumbel_softmax", num_batches=NUM_STEPS) for _ in range(2))
     frozen.__class__ = Frozen
     assert not torch.allclose(train_on_cpu(right, recorded=True), train_on_cpu(frozen, recorded=False), rtol=1e-3)
