@@ -23,6 +23,7 @@ bench: $(VENV)/.installed-dev
 	$(RUN) -m benchmarks.cross_entropy
 	$(RUN) -m benchmarks.train_step
 	$(RUN) -m benchmarks.rqvae_step
+	$(RUN) -m benchmarks.feature_batches
 	$(RUN) -m benchmarks.assign_ids
 	$(RUN) -m benchmarks.length_scaling
 	$(RUN) -m benchmarks.beam_search
@@ -30,6 +31,7 @@ bench: $(VENV)/.installed-dev
 	$(RUN) -m benchmarks.trie
 	$(RUN) -m benchmarks.server
 	$(RUN) -m benchmarks.prepare
+	$(RUN) -m benchmarks.tokenizers
 
 clean:
 	rm -rf $(VENV) dataset runs
