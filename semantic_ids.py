@@ -230,7 +230,7 @@ def import_ids(args: argparse.Namespace) -> int:
     index, catalogue, dataset_hash = described(index, args)
     tokenizer = SemanticIdTokenizer.from_ids(
         index.codes,
-        tuple(args.codebook_sizes or index.codebook_sizes),
+        codebook_sizes(index, args.codebook_sizes),
         catalogue,
         language=args.language or ("image" if index.letters.isupper() else "text"),
         collisions=CollisionPolicy(args.collisions),
@@ -243,6 +243,21 @@ def import_ids(args: argparse.Namespace) -> int:
     tokenizer.save_pretrained(args.folder)
     print(f"{args.folder}: {describe_ids(tokenizer)}")
     return 0
+
+
+def codebook_sizes(index: Index, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """Codes per level as wanted, else as few as hold those of the file (InputError where fewer are wanted)."""
+    from data.schemas import InputError
+
+    needed = index.codebook_sizes
+    if wanted is None:
+        return needed
+    if len(wanted) != len(needed) or any(size < least for size, least in zip(wanted, needed, strict=True)):
+        raise InputError(
+            f"--codebook-sizes expected {len(needed)} numbers for the levels of {index.path}, of at least "
+            f"{' '.join(map(str, needed))}, got {' '.join(map(str, wanted))}."
+        )
+    return tuple(wanted)
 
 
 def described(index: Index, args: argparse.Namespace) -> tuple[Index, Catalogue, str]:

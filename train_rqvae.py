@@ -176,7 +176,10 @@ class RqVaeTask:
         """Loss of a batch and its parts."""
         temperature = 1.0 if batch.temperature is None else batch.temperature
         output = model(self._batches.pack(batch.drawn), temperature=temperature)
-        return {"loss": output.loss, "reconstruction": output.reconstruction_loss, "quantize": output.quantize_loss}
+        parts = {"reconstruction": output.reconstruction_loss, "quantize": output.quantize_loss}
+        if self._config.separation_weight > 0:
+            parts["separation"] = output.separation_loss
+        return {"loss": output.loss, **parts}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Losses over the validation items, codebook health over all items; both over a sample of very many.

@@ -208,8 +208,8 @@ def test_imported_ids_give_no_codes_to_new_items(index_file, tmp_path, capsys):
         (INDEX, ["--keys", "{folder}/short.item2id"], "has no name for 2 items ('1', '2')"),
         (INDEX, ["--titles", "{folder}/titles.tsv"], "has a title of none of the 3 items, such as '0'"),
         (INDEX, ["--dataset", "{folder}"], "is not a prepared dataset"),
-        (INDEX, ["--codebook-sizes", "4", "12"], "level 1 expected codes in 0..11, got 0..12"),
-        (INDEX, ["--codebook-sizes", "4"], "of shape [N >= 1, 1], got [3, 2]"),
+        (INDEX, ["--codebook-sizes", "4", "12"], "shop.index.json, of at least 4 13, got 4 12."),
+        (INDEX, ["--codebook-sizes", "4"], "--codebook-sizes expected 2 numbers for the levels of"),
         (INDEX, ["--language", "Text!"], "language expected lower-case letters"),
     ],
 )
@@ -257,6 +257,18 @@ def test_bad_input_is_one_line_and_exit_code_2(artifact, capsys, monkeypatch, ar
 def test_bad_usage(capsys, arguments):
     assert run(*arguments) == 2
     assert capsys.readouterr().err.startswith("usage: semantic_ids.py")
+
+
+def test_ctrl_c_while_torch_is_imported(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, *_):
+            if name == "training.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "training.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert run("export", "anything", "ids.parquet") == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_help_does_not_wait_for_torch():
@@ -334,6 +346,29 @@ def test_report_of_imported_ids(index_file, tmp_path):
     assert run("import", index_file, tmp_path / "a", "--collisions", "none") == 0
     assert run("report", tmp_path / "a", "--output", tmp_path / "page") == 0
     assert json.loads((tmp_path / "page" / "metrics.json").read_text())["features"] is None
+
+
+def test_publish_takes_ids_without_texts_and_what_made_them(tmp_path, capsys):
+    finished = tmp_path / "run"
+    tiny_tokenizer().save_pretrained(finished / "model")
+    (finished / "config.gin").write_text('DatasetConfig.raw_dir = "/somewhere/on/this/machine"\n')
+    (finished / "env.json").write_text('{"command": "python train_rqvae.py shop.gin --gin.x=/home/me/raw"}')
+    (finished / "metrics.json").write_text('{"codebook/unique_ratio": 0.5}')
+    assert run("publish", finished, tmp_path / "shop") == 0
+    assert "12 items" in capsys.readouterr().out
+    published, original = SemanticIdTokenizer.from_pretrained(tmp_path / "shop"), tiny_tokenizer()
+    assert published.content_hash == original.content_hash
+    assert published.catalogue.item_keys == original.catalogue.item_keys
+    assert any(original.catalogue.titles)
+    assert not any(published.catalogue.titles)
+    assert (tmp_path / "shop" / "config.gin").read_text() == 'DatasetConfig.raw_dir = "machine"\n'
+    assert json.loads((tmp_path / "shop" / "metrics.json").read_text()) == {"codebook/unique_ratio": 0.5}
+    assert "- trained by `python train_rqvae.py shop.gin --gin.x=raw`" in (tmp_path / "shop" / "README.md").read_text()
+
+
+def test_publish_wants_a_run(artifact, tmp_path, capsys):
+    assert "expected the folder of a run" in refused(capsys, "publish", artifact, tmp_path / "shop")
+    assert not (tmp_path / "shop").exists()
 
 
 def test_pull_copies_a_folder_verified(artifact, tmp_path, capsys):

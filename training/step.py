@@ -66,7 +66,7 @@ class OptimizerStep:
             device=accelerator.device,
             name="training step",
             enabled=recorded,
-            memory=self._parameters,
+            memory=[*self._parameters, *model.buffers()],
         )
 
     def __call__(self, batches: Iterable[Batch]) -> StepSums:

@@ -189,6 +189,32 @@ def test_parquet_names_are_no_patterns_and_keys_may_be_numbers(tmp_path):
     assert features[0:2].tolist() == [[1.0], [2.0]]
 
 
+@pytest.mark.parametrize(
+    ("text", "offsets", "message"),
+    [
+        (torch.zeros(2, dtype=torch.uint8), torch.tensor([0, 2, 1]), r"places of 0\.\.2, got others in rows 0\.\.2"),
+        (torch.zeros(2, dtype=torch.uint8), torch.tensor([-1, 0, 1]), "ascending places"),
+        (torch.zeros(2, dtype=torch.uint8), torch.tensor([0, 1, 1 << 60]), "ascending places"),
+        (torch.zeros(2), torch.tensor([0, 1, 2]), r"item_keys.bytes \[B\] uint8 .* got \[2\] float32"),
+        (torch.zeros(2, dtype=torch.uint8), torch.zeros(3), r"got \[2\] uint8 and \[3\] float32"),
+        (torch.zeros(2, dtype=torch.uint8), torch.tensor(3), r"and \[\] int64"),
+        (torch.zeros(2, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), r"offsets \[N\+1\], got none"),
+    ],
+)
+def test_packed_keys_that_are_none(tmp_path, text, offsets, message):
+    path = tmp_path / "own.safetensors"
+    save_file({"embeddings": torch.zeros(2, 1), "item_keys.bytes": text, "item_keys.offsets": offsets}, path)
+    with pytest.raises(InputError, match=message):
+        open_features(path).item_keys(0, 2)
+
+
+@pytest.mark.parametrize("embedding", [{"x": 1.0}, "1.0", 1.0])
+def test_embeddings_that_are_no_lists(tmp_path, embedding):
+    pl.DataFrame({"item_key": ["a"], "embedding": [embedding]}).write_parquet(tmp_path / "own.parquet")
+    with pytest.raises(InputError, match=r"column embedding holds .*, expected lists of numbers"):
+        open_features(tmp_path / "own.parquet")
+
+
 def test_what_is_no_feature_file(tmp_path):
     with pytest.raises(InputError, match=r"none\.npy does not exist"):
         open_features(tmp_path / "none.npy")

@@ -190,11 +190,12 @@ def as_format_1(folder, **changes):
     [
         ({"collision_policy": "hope"}, "collision_policy of dedup_code, nearest_free, none, got 'hope'"),
         ({"collision_policy": ["none"]}, "collision_policy of dedup_code, nearest_free, none, got"),
-        ({"level_sizes": [6, 4, 5]}, "expected level sizes .* and a dedup level"),
+        ({"level_sizes": [6, 4, 5]}, "a: expected level sizes .* and a dedup level"),
         ({"level_sizes": []}, "expected level sizes"),
         ({"collision_policy": "none", "level_sizes": [6, 4, 5, 4]}, r"no hash of collisions\.json"),
         ({"collision_policy": "nearest_free", "level_sizes": [6, 4, 5, 4]}, "expected level sizes"),
         ({"rqvae": None}, "contradicts itself"),
+        ({"rqvae": {"input_dim": 0}}, "a: RqVaeConfig"),
     ],
 )
 def test_settings_that_contradict_the_artifact(tmp_path, changes, message):

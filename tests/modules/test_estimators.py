@@ -85,6 +85,21 @@ def test_gumbel_softmax_by_hand():
     torch.testing.assert_close(gumbel_softmax_choice(residual, codebook, 4.0), expected)
 
 
+def test_gumbel_softmax_gradient_by_hand():
+    # With weight p of the second code: value 4 p, logits apart by (1 - 9) / 4 + noise, whose slope is 2 (4 - 0) / 4.
+    residual = torch.tensor([[1.0]], requires_grad=True)
+    codebook = torch.tensor([[0.0], [4.0]], requires_grad=True)
+    torch.manual_seed(3)
+    noise = -torch.empty(1, 2).exponential_().log()
+    torch.manual_seed(3)
+    (gumbel_softmax_choice(residual, codebook, 4.0) @ codebook).sum().backward()
+    p = torch.sigmoid(-8 / 4.0 + noise[0, 1] - noise[0, 0])
+    torch.testing.assert_close(residual.grad, (4 * p * (1 - p) * 2.0).reshape(1, 1))
+    # Codes gain their weights, and 4 p (1 - p) times the slopes of their logits: 2 (1 - 0) / 4 and 2 (1 - 4) / 4.
+    slope = 4 * p * (1 - p)
+    torch.testing.assert_close(codebook.grad, torch.stack([1 - p - slope * 0.5, p - slope * 1.5]).reshape(2, 1))
+
+
 def test_gumbel_noise_does_not_depend_on_the_scale_of_features():
     residual = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)

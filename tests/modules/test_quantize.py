@@ -3,6 +3,7 @@ import torch
 
 from modules.estimators import QuantizeMode
 from modules.quantize import Distance, LevelConfig, Quantizer
+from tests.training.test_processes import torchrun
 
 CODEBOOK = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
 
@@ -146,6 +147,8 @@ def test_balanced_choice_in_training_and_the_nearest_after_it():
     module = quantizer(weight=torch.tensor([[0.0], [1.0]]), sinkhorn_epsilon=0.01)
     rows = torch.tensor([[0.0], [0.1], [0.2], [0.3]])
     assert module.train()(rows).codes.tolist() == [0, 0, 1, 1]
+    module.train()(rows).embedding.sum().backward()
+    assert module.weight.grad.flatten().tolist() == [2.0, 2.0]  # of the codes that were given, not of the nearest
     embedding, codes = module.eval()(rows)
     assert codes.tolist() == [0, 0, 0, 0]
     assert embedding.flatten().tolist() == [0.0] * 4
@@ -160,3 +163,9 @@ def test_buffers_survive_saving():
     assert torch.equal(module(rows).embedding, other.train()(rows).embedding)
     assert torch.equal(module.ema_sums, other.ema_sums)
     assert torch.equal(module.idle_steps, other.idle_steps)
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_hold_the_same_codes():
+    output, error = torchrun("tests.modules.script_quantizers").communicate(timeout=120)
+    assert output.splitlines() == [f"{name}: equal True, restarted True" for name in ("ema", "gradient", "soft")], error

@@ -65,3 +65,6 @@ def test_without_matplotlib_nothing_is_drawn_and_that_is_said(tmp_path, monkeypa
 def test_a_missing_log(tmp_path):
     with pytest.raises(InputError, match=r"none.jsonl does not exist; give the metrics.jsonl of a run folder"):
         plot_run(tmp_path / "none.jsonl", tmp_path)
+    (tmp_path / "features.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    with pytest.raises(InputError, match=r"cannot read .*features\.npy \(.*Give the metrics\.jsonl of a run"):
+        plot_run(tmp_path / "features.npy", tmp_path)

@@ -265,9 +265,9 @@ def test_a_reloaded_artifact_gives_the_same_report(tmp_path):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (torch.zeros(39, WIDTH), r"expected features of shape \[40, D\], got \[39, 6\]"),
-        (torch.zeros(40), r"expected features of shape \[40, D\], got \[40\]"),
-        (torch.zeros(40, WIDTH + 1), r"\[B, 6\] \(input_dim=6\), got \[40, 7\]"),
+        (torch.zeros(39, WIDTH), r"expected features of shape \[40, 6\], got \[39, 6\]"),
+        (torch.zeros(40, WIDTH + 1), r"expected features of shape \[40, 6\], got \[40, 7\]"),
+        (torch.zeros(40), r"expected features of shape \[40, 6\], got \[40\]"),
         (torch.zeros(40, WIDTH).index_fill(0, torch.tensor([7]), float("nan")), r"row 7 \(item 'key-7'\)"),
         (torch.zeros(40, WIDTH).index_fill(0, torch.tensor([8]), float("inf")), r"row 8 \(item 'key-8'\)"),
     ],

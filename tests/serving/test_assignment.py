@@ -393,7 +393,7 @@ def test_many_bad_rows_are_counted_and_the_first_named(tokenizer, tmp_path):
 
 def test_another_width_is_refused_before_anything_is_written(tokenizer, tmp_path):
     np.save(tmp_path / "features.npy", np.zeros((3, WIDTH + 1), np.float32))
-    with pytest.raises(InputError, match=r"expected x of shape \[B, 6\]"):
+    with pytest.raises(InputError, match=r"features\.npy: .*expected x of shape \[B, 6\]"):
         run(tokenizer, tmp_path / "features.npy", tmp_path / "ids")
     assert not (tmp_path / "ids").exists()
 
