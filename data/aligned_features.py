@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.feature_files import FeatureFile
+from data.parquet_features import examples
 from data.schemas import InputError
 
 _BLOCK_ROWS = 8192
@@ -49,10 +50,10 @@ def _places(features: FeatureFile, item_keys: Sequence[str]) -> np.ndarray:
     counts = np.bincount(places[places >= 0], minlength=len(item_keys))
     for what, wrong in (("lacks", np.flatnonzero(counts == 0)), ("repeats", np.flatnonzero(counts > 1))):
         if len(wrong):
-            examples = ", ".join(repr(item_keys[place]) for place in wrong[:3].tolist())
             raise InputError(
-                f"{features.path} {what} {len(wrong):,} of {len(item_keys):,} items: {examples}"
-                f"{', ...' if len(wrong) > 3 else ''}. Give each item one row; keys must be written alike."
+                f"{features.path} {what} {len(wrong):,} of {len(item_keys):,} items: "
+                f"{examples([item_keys[place] for place in wrong.tolist()])}. Give each item one row; keys must be "
+                "written alike."
             )
     return places
 

@@ -230,7 +230,7 @@ def _safetensors_rows(path: Path) -> tuple[_Rows, "_Keys | None"]:
 
     rows = array("embeddings")
     has_keys = "item_keys.bytes" in names and "item_keys.offsets" in names
-    keys = _PackedKeys(array("item_keys.bytes"), array("item_keys.offsets")) if has_keys else None
+    keys = _packed_keys(array("item_keys.bytes"), array("item_keys.offsets")) if has_keys else None
     return _Bfloat16Rows(rows) if header["embeddings"]["dtype"] == "BF16" else rows, keys
 
 
@@ -245,8 +245,25 @@ class _PackedKeys(NamedTuple):
 
     def read(self, begin: int, end: int) -> list[str]:
         bounds = self.offsets.read(begin, end + 1).tolist()
+        if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > self.text.shape[0]:
+            raise InputError(
+                f"{self.text.path}: item_keys.offsets expected ascending places of 0..{self.text.shape[0]:,}, got "
+                f"others in rows {begin:,}..{end:,}. Write the file again."
+            )
         text = self.text.read(bounds[0], bounds[-1]).tobytes()
         return [_decode(text[a - bounds[0] : b - bounds[0]], self.text.path) for a, b in pairwise(bounds)]
+
+
+def _packed_keys(text: _Array, offsets: _Array) -> _PackedKeys:
+    """Keys once it is known that their tensors are such (InputError)."""
+    if text.dtype != np.uint8 or offsets.dtype != np.int64 or len(text.shape) != 1 or len(offsets.shape) != 1:
+        raise InputError(
+            f"{text.path} expected item_keys.bytes [B] uint8 and item_keys.offsets [N+1] int64, got "
+            f"{list(text.shape)} {text.dtype} and {list(offsets.shape)} {offsets.dtype}. Write the file again."
+        )
+    if offsets.shape[0] == 0:
+        raise InputError(f"{text.path} expected item_keys.offsets [N+1], got none. Write the file again.")
+    return _PackedKeys(text, offsets)
 
 
 class _KeyLines:

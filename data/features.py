@@ -23,6 +23,9 @@ from data.text import NO_TEXT
 FORMAT_VERSION = 1
 """Of the feature folder; raised whenever its layout or the meaning of its content changes."""
 
+_CHECKED_ROWS = 65_536
+"""Rows looked at once, so that memory does not grow with their number."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -154,13 +157,18 @@ def _check(values: np.ndarray, dataset: PreparedDataset, request: dict[str, Any]
     item_keys = dataset.catalogue.item_keys
     if values.shape[0] != len(item_keys):
         raise InputError(f"encoder {request['encoder']!r} gave {values.shape[0]} rows for {len(item_keys)} items.")
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    bad = np.concatenate([_broken_rows(values, begin) for begin in range(0, len(values), _CHECKED_ROWS)])
     if len(bad):
         examples = ", ".join(repr(item_keys[row]) for row in bad[:3].tolist())
         raise InputError(
             f"the features of {len(bad)} items hold NaN, infinite or missing numbers ({_origin(request)}): "
             f"{examples}{', ...' if len(bad) > 3 else ''}. Repair or re-compute these rows."
         )
+
+
+def _broken_rows(values: np.ndarray, begin: int) -> np.ndarray:
+    """Numbers of the rows, of a block, that hold NaN or infinity."""
+    return begin + np.flatnonzero(~np.isfinite(values[begin : begin + _CHECKED_ROWS]).all(axis=1))
 
 
 def _origin(request: dict[str, Any]) -> str:

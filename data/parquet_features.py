@@ -126,7 +126,7 @@ def _reading(path: Path, look: Callable[[], Any]) -> Any:
 def _lists(column: Any, path: Path) -> Any:
     import polars as pl
 
-    if not column.dtype.is_nested():
+    if not isinstance(column.dtype, pl.List | pl.Array):
         raise InputError(f"{path}: column embedding holds {column.dtype}, expected lists of numbers.")
     return column.cast(pl.List(pl.Float32), strict=False)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class FileEncoder(Encoder):
             )
         if len(keys) > len(items.item_keys):
             _logger.info("%s: %d rows of other items are ignored", self.path, len(keys) - len(items.item_keys))
-        return _chosen(features, [positions[key] for key in items.item_keys])
+        return _chosen(features, [positions[key] for key in items.item_keys], scratch)
 
     def _positions(self, keys: list[str]) -> dict[str, int]:
         positions: dict[str, int] = {}
@@ -73,9 +74,14 @@ class FileEncoder(Encoder):
         return positions
 
 
-def _chosen(features: FeatureFile, places: list[int]) -> np.ndarray:
-    """Rows of a file, in any order, [len(places), D] fp32."""
-    chosen = np.empty((len(places), features.shape[1]), np.float32)
+def _chosen(features: FeatureFile, places: list[int], scratch: Path) -> np.ndarray:
+    """Rows of a file, in any order, [len(places), D] fp32, in a file of their own, so that they need no memory."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    path, shape = scratch / "rows.npy", (len(places), features.shape[1])
+    chosen = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no crash when a page is written
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     order = np.argsort(places, kind="stable")
     sought = np.asarray(places)[order]
     for begin in range(0, len(features), _READ_ROWS):
