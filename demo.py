@@ -22,6 +22,7 @@ from data.sources.demo_world import DemoWorld
 from evaluate import EvaluationProtocol
 from evaluation.table import format_metrics
 from modules.artifact import ModelArtifact, load_model_artifact
+from tasks.retrieval import RetrievalTask
 from training.cli import main as train_main
 from training.cli import run_cli
 
@@ -81,7 +82,7 @@ def show_training_curve(metrics_log: Path) -> None:
     for line in metrics_log.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         loss = record.get("train/loss", loss)
-        metric = record.get(train_decoder.RetrievalTask.selection_metric)
+        metric = record.get(RetrievalTask.selection_metric)
         if metric is not None:
             print(
                 f"  step {record['step']:5d}  loss {loss:6.3f}  valid ndcg@10 {metric:.3f}  {'#' * round(100 * metric)}"

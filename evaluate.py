@@ -206,8 +206,11 @@ def run_script(
         args = parse(argv)
     except SystemExit as leaving:  # argparse has printed its help or message
         return leaving.code if isinstance(leaving.code, int) else 2
-    from training.cli import run_cli
-
+    try:
+        from training.cli import run_cli
+    except KeyboardInterrupt:  # importing torch takes seconds
+        print("interrupted", file=sys.stderr)
+        return 130
     return run_cli(lambda _: command(args), argv)
 
 

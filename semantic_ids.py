@@ -303,8 +303,10 @@ def publish(args: argparse.Namespace) -> int:
     config, environment = args.run / "config.gin", args.run / "env.json"
     if not config.is_file() or not environment.is_file():
         raise InputError(f"{args.run} expected the folder of a run, got one without config.gin or env.json.")
-    command, metrics = without_paths(read_json(environment)["command"]), read_json(args.run / "metrics.json")
-    tokenizer = load_tokenizer(str(args.run)).without_texts(command=command)
+    command, metrics = read_json(environment).get("command"), read_json(args.run / "metrics.json")
+    if not isinstance(command, str):
+        raise InputError(f"{environment} expected the command of the run, got {command!r}. Copy the run again.")
+    tokenizer = load_tokenizer(str(args.run)).without_texts(command=without_paths(command))
     tokenizer.save_pretrained(args.folder)
     (args.folder / "config.gin").write_text(without_paths(config.read_text(encoding="utf-8")), encoding="utf-8")
     write_json(args.folder / "metrics.json", metrics)

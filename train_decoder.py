@@ -8,20 +8,18 @@ The artifact lies in SAVE_DIR_ROOT/model; evaluate.py and recommend.py take that
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gin
 import torch
-from torch import Tensor, nn
 
 import train_rqvae
-from data.batching import Examples, ExampleStrategy, TrainingBatches
+from data.batching import ExampleStrategy, TrainingBatches
 from data.features import FeatureConfig, load_item_features
 from data.processed import DatasetConfig, PreparedDataset, load_dataset
-from data.schemas import InputError, SeqBatch
+from data.schemas import InputError
 from evaluate import EvaluationProtocol
 from evaluation.table import format_metrics
 from modules.artifact import save_model_artifact
@@ -32,6 +30,7 @@ from modules.tokenizer.legacy import is_legacy, load_legacy
 from modules.tokenizer.sequence import SequenceTokenizer
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.plots import plot_run
+from tasks.retrieval import RetrievalTask
 from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
@@ -41,46 +40,6 @@ from training.processes import on_main, process_state
 from training.run_folder import RunFolder, RunOptions
 
 register(RetrievalModelConfig, ExampleStrategy)
-
-
-class RetrievalTask:
-    """What the training loop needs to know of the retrieval model.
-
-    Args:
-        model: the encoder-decoder.
-        batches: training batches of item ids.
-        tokenize: item ids to the model's tokens.
-        validate: metrics of the model as it is, on validation targets.
-    """
-
-    selection_metric = "generative/valid/all/ndcg@10"
-    higher_is_better = True
-
-    def __init__(
-        self,
-        model: EncoderDecoderRetrievalModel,
-        batches: TrainingBatches,
-        *,
-        tokenize: SequenceTokenizer,
-        validate: Callable[[], dict[str, float]],
-    ) -> None:
-        self.model: nn.Module = model
-        self._batches = batches
-        self._tokenize = tokenize
-        self._validate = validate
-
-    def batch(self, step: int) -> Examples | SeqBatch:
-        """Where the histories and targets of a step lie."""
-        return self._batches.draw(step)
-
-    def loss(self, model: nn.Module, batch: Examples | SeqBatch) -> dict[str, Tensor]:
-        """Cross-entropy summed over levels, and each level's own."""
-        histories = self._batches.pack(batch)
-        return model(self._tokenize.to(histories.item_ids.device)(histories))
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Item-level metrics on validation targets."""
-        return self._validate()
 
 
 @gin.configurable(module="train_decoder")

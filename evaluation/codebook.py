@@ -27,6 +27,6 @@ def check_collapse(health: CodebookHealth, min_use: float) -> None:
                 f"codebook collapse: level {level} uses {used} of {usable} codes ({used / usable:.1%}), expected at "
                 f"least {min_use:.1%}; {health.collision_rate:.1%} of {health.num_items} items share their codes. "
                 "Train the autoencoder longer before k-means sets the codebooks, lower the learning rate, raise the "
-                "batch size, set RqVaeConfig.restart_after, try another quantize mode (ROTATION_TRICK, or sim_vq), or use "
-                "smaller codebooks; nearly identical item features also cause this."
+                "batch size, set RqVaeConfig.restart_after, try another quantize mode (ROTATION_TRICK, or sim_vq), or "
+                "use smaller codebooks; nearly identical item features also cause this."
             )

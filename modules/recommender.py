@@ -10,9 +10,9 @@ from torch import Tensor
 
 from data.schemas import NO_ITEM, Catalogue, InputError, ItemFilter, SeqBatch, user_hashes
 from modules.artifact import ModelArtifact, load_model_artifact
+from modules.feature_rows import FeatureMatrix
 from modules.item_lists import ItemKeys, ItemLists, first_few, warn_of_unknown_keys
 from modules.similar_items import similar_items
-from modules.tokenizer.assign import FeatureMatrix
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
 

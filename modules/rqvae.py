@@ -1,7 +1,7 @@
 """RQ-VAE: an autoencoder whose latent is a sum of codes, one per level (Rajput et al. 2023, section 3.1)."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -56,6 +56,25 @@ class RqVae(nn.Module):
         self.register_buffer("codebooks_initialized", torch.tensor(False))
         offsets = itertools.accumulate(config.codebook_sizes[:-1], initial=0)
         self.register_buffer("_level_offsets", torch.tensor(list(offsets)), persistent=False)
+
+    @classmethod
+    def from_weights(cls, config: RqVaeConfig, state: Mapping[str, Tensor]) -> "RqVae":
+        """A model with these weights, once it is known that they are finite and of the sizes that `config` says.
+
+        A few lines of configuration can ask for more memory than there is, so that sizes are compared without any.
+
+        Raises:
+            InputError: if a weight holds NaN or infinity.
+            RuntimeError: if names or sizes are others.
+        """
+        for name, tensor in state.items():
+            if not bool(tensor.isfinite().all()):
+                raise InputError(f"the weight {name} holds NaN or infinity. Take an earlier checkpoint.")
+        with torch.device("meta"):
+            cls(config).load_state_dict(state, assign=True)
+        rqvae = cls(config)
+        rqvae.load_state_dict(state)
+        return rqvae
 
     def forward(self, x: Tensor, temperature: float | Tensor = 1.0) -> RqVaeOutput:
         """Loss of a batch: reconstruction summed over dimensions, every level's quantization loss, and separation.

@@ -54,12 +54,16 @@ def read_curves(metrics_log: Path) -> dict[str, Curve]:
         metrics_log: a run's metrics.jsonl; a last line that a crash cut short is ignored.
 
     Raises:
-        InputError: if it does not exist.
+        InputError: if it does not exist or is no text.
     """
     if not metrics_log.is_file():
         raise InputError(f"{metrics_log} does not exist; give the metrics.jsonl of a run folder.")
+    try:
+        lines = metrics_log.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {metrics_log} ({error}). Give the metrics.jsonl of a run folder.") from error
     curves: dict[str, Curve] = defaultdict(lambda: ([], []))
-    for line in metrics_log.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         record = _record(line)
         for name, value in record.items():
             drawn = name not in _LOOP_FACTS and not _CONFIDENCE_BOUND.search(name) and not _SLICE_SIZE.search(name)

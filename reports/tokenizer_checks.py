@@ -61,7 +61,7 @@ class Threshold:
 
 
 USE = Threshold(0.95, 0.5)
-EVENNESS = Threshold(0.9, 0.7)
+EVENNESS = Threshold(0.9, 0.5)
 UNIQUE = Threshold(0.97, 0.8)
 KEPT = Threshold(0.95, 0.8)
 DISTINCT_FEATURES = Threshold(0.95, 0.5)
@@ -165,7 +165,7 @@ def _ids_are_unique(measures: Measures) -> Check:
     return Check(
         name=name,
         measured=f"{percent(ratio)} of the items"
-        + ("" if ceiling is None else f"; {percent(ceiling)} have features of their own"),
+        + ("" if ceiling is None else f"; {percent(ceiling)} is possible with these features"),
         expected=expected,
         status=UNIQUE.status(share),
         advice=f"{measures.num_items:,} items share {room:,} possible tuples badly. "

@@ -14,11 +14,10 @@ from evaluation.semantic_ids import (
     NeighbourAgreement,
     Purity,
     neighbour_agreement,
-    prefix_numbers,
     purity_by_depth,
 )
-from modules.tokenizer.assign import FeatureMatrix
-from modules.tokenizer.collisions import CodebookHealth, codebook_health
+from modules.feature_rows import FeatureMatrix
+from modules.tokenizer.collisions import CodebookHealth, codebook_health, collision_groups
 from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
@@ -220,9 +219,11 @@ def _read(
     num_items = tokenizer.num_items
     if features is None:
         return torch.empty(0, dtype=torch.int64), None
-    if len(features.shape) != 2 or features.shape[0] != num_items:
+    width = "D" if tokenizer.rqvae is None else tokenizer.rqvae.config.input_dim
+    fits = len(features.shape) == 2 and features.shape[0] == num_items and width in ("D", features.shape[1])
+    if not fits:
         raise InputError(
-            f"a report on {num_items} items expected features of shape [{num_items}, D], got "
+            f"a report on {num_items} items expected features of shape [{num_items}, {width}], got "
             f"{list(features.shape)}. Give those that the tokenizer was fitted on, with one row per item."
         )
     if num_items <= max_rows:
@@ -282,23 +283,16 @@ def _worst(rows: Tensor, errors: Tensor) -> tuple[tuple[int, float], ...]:
 
 def _groups(codes: Tensor, values: Tensor | None) -> tuple[tuple[Group, ...], int]:
     """The largest groups of equal codes, equally large ones in the order of their codes, and how many there are."""
-    numbers = prefix_numbers(codes, codes.shape[1])
-    sizes = np.bincount(numbers)
-    largest = np.argsort(-sizes, kind="stable")[:NUM_GROUPS]
-    order = np.argsort(numbers, kind="stable")
-    ends = np.cumsum(sizes)
-    found = []
-    for number in largest[sizes[largest] > 1]:
-        item_ids = order[ends[number] - sizes[number] : ends[number]].tolist()
-        hashes = None if values is None else set(_row_hashes(values[item_ids]))
-        found.append(
-            Group(
-                codes=tuple(codes[item_ids[0]].tolist()),
-                item_ids=tuple(item_ids),
-                num_distinct_features=None if hashes is None else len(hashes),
-            )
+    groups = collision_groups(codes)
+    largest = tuple(
+        Group(
+            codes=tuple(codes[item_ids[0]].tolist()),
+            item_ids=tuple(item_ids),
+            num_distinct_features=None if values is None else len(set(_row_hashes(values[item_ids]))),
         )
-    return tuple(found), int((sizes > 1).sum())
+        for item_ids in groups[:NUM_GROUPS]
+    )
+    return largest, len(groups)
 
 
 def _row_hashes(values: Tensor) -> list[int]:

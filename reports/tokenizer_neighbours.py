@@ -85,5 +85,5 @@ def _vectors(tokenizer: SemanticIdTokenizer, codes: Tensor) -> Tensor | None:
     """[S, embed_dim] sums of the codes' vectors."""
     if tokenizer.rqvae is None:
         return None
-    codebooks = [codebook.detach().float().cpu() for codebook in tokenizer.rqvae.codebooks()]
-    return torch.stack([codebook[codes[:, level]] for level, codebook in enumerate(codebooks)]).sum(dim=0)
+    device = next(tokenizer.rqvae.parameters()).device
+    return tokenizer.rqvae.embed(codes.to(device)).detach().cpu()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from data.files import cannot_write, replace_file
-from modules.tokenizer.assign import FeatureMatrix
+from modules.feature_rows import FeatureMatrix
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports import tokenizer_examples as examples
 from reports import tokenizer_sections as sections

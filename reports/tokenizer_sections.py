@@ -46,8 +46,8 @@ def verdict_section(verdict: Verdict, measures: Measures) -> Markup:
         _check_table(verdict.checks),
         element(
             "p",
-            "The marks are rules of thumb for catalogues of about ten thousand items and codebooks of 256. Between two "
-            "tokenizers of one catalogue the numbers themselves decide.",
+            "The thresholds are rules of thumb for catalogues of about ten thousand items and codebooks of 256. "
+            "Between two tokenizers of one catalogue the numbers themselves decide.",
             class_="soft",
         ),
         id="verdict",
@@ -72,7 +72,7 @@ def levels_section(measures: Measures) -> Markup:
                 f"{measures.code_counts[level][0]:,}",
             )
         )
-    head = ("", "codes in use", "", "use", "entropy, bits", "as good as", "most items on a code")
+    head = ("", "codes in use", "", "use", "entropy, bits", "perplexity", "most items on a code")
     lines = [_staircase(level, counts) for level, counts in enumerate(measures.code_counts)]
     sizes = set(measures.codebook_sizes)
     even = ("all codes alike", measures.num_items / sizes.pop()) if len(sizes) == 1 else None
@@ -93,7 +93,7 @@ def levels_section(measures: Measures) -> Markup:
         element(
             "p",
             "A line that ends before the right edge has dead codes there; the flatter, the more evenly codes are used. "
-            "“As good as” is the number of equally frequent codes that would be as varied (2 to the entropy).",
+            "Perplexity is the number of equally frequent codes that would be as varied (2 to the entropy).",
             class_="soft",
         ),
         id="levels",
@@ -229,7 +229,7 @@ def _check_table(checks: Iterable[Check]) -> Markup:
         )
         for check in checks
     ]
-    return table(("check", "", "measured", "mark"), rows)
+    return table(("check", "", "measured", "threshold"), rows)
 
 
 def _staircase(level: int, counts: Sequence[int]) -> Line:

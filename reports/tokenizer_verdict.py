@@ -55,7 +55,7 @@ def judge(measures: Measures) -> Verdict:
         headline, summary = "Healthy", f"All {num_asked} checks pass; nothing needs to change."
     elif worst is Status.WARN:
         headline = "Usable, could be better"
-        summary = f"{count(len(failed), 'check')} of {num_asked} below the mark: {', '.join(failed)}."
+        summary = f"{count(len(failed), 'check')} of {num_asked} below the threshold: {', '.join(failed)}."
     else:
         headline = "Not healthy"
         summary = f"Do not train a recommender on these ids yet. Failed: {', '.join(failed)}."

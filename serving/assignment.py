@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data.files import cannot_write, exclusive, file_sha256, replace_file
 from data.schemas import InputError
+from modules.tokenizer.stored import naming
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from serving.parts import is_locked, locked
 from serving.processes import Share, Watch
@@ -134,7 +135,8 @@ class _Shards:
             raise InputError(
                 "the tokenizer's ids were imported: it has no quantizer that could give others. Train one."
             )
-        tokenizer.rqvae.check_width(features.shape)
+        with naming(features.path):
+            tokenizer.rqvae.check_width(features.shape)
         self._tokenizer, self._features, self._output = tokenizer, features, output
         self._rows_per_shard = rows_per_shard
         self._columns = [

@@ -14,13 +14,14 @@ from tests.tiny_dataset import random_tokenizer, walks, write_interactions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OPTIONAL = ("polars", "wandb", "sentence_transformers", "transformers", "sklearn", "matplotlib")
-ROOMS = ("data", "ops", "modules", "training", "evaluation", "reports", "serving", "benchmarks")
+ROOMS = ("data", "ops", "modules", "training", "evaluation", "tasks", "reports", "serving", "benchmarks")
 MAY_IMPORT = {
     "data": {"data"},
     "ops": {"ops"},
     "modules": {"modules", "ops"},
     "training": {"training", "ops"},
     "evaluation": {"evaluation", "modules", "ops"},
+    "tasks": {"tasks", "data", "training", "evaluation", "modules", "ops"},
     "reports": {"reports", "evaluation", "modules", "ops"},
     "serving": {"serving", "modules", "ops"},
 }

@@ -352,7 +352,7 @@ def test_publish_takes_ids_without_texts_and_what_made_them(tmp_path, capsys):
     finished = tmp_path / "run"
     tiny_tokenizer().save_pretrained(finished / "model")
     (finished / "config.gin").write_text('DatasetConfig.raw_dir = "/somewhere/on/this/machine"\n')
-    (finished / "env.json").write_text('{"command": "python train_rqvae.py shop.gin --gin.x=/home/me/raw"}')
+    (finished / "env.json").write_text('{"command": "python train_rqvae.py shop.gin --gin.x=/somewhere/raw"}')
     (finished / "metrics.json").write_text('{"codebook/unique_ratio": 0.5}')
     assert run("publish", finished, tmp_path / "shop") == 0
     assert "12 items" in capsys.readouterr().out
@@ -368,6 +368,11 @@ def test_publish_takes_ids_without_texts_and_what_made_them(tmp_path, capsys):
 
 def test_publish_wants_a_run(artifact, tmp_path, capsys):
     assert "expected the folder of a run" in refused(capsys, "publish", artifact, tmp_path / "shop")
+    (tmp_path / "run").mkdir()
+    for name in ("config.gin", "env.json", "metrics.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    message = refused(capsys, "publish", tmp_path / "run", tmp_path / "shop")
+    assert "env.json expected the command of the run, got None" in message
     assert not (tmp_path / "shop").exists()
 
 

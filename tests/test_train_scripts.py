@@ -17,6 +17,7 @@ from modules.artifact import load_model_artifact
 from modules.estimators import QuantizeMode
 from modules.recommender import Recommender
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
+from tasks.rqvae import RqVaeTask
 from tests.training.tasks import tokenizer_settings
 from training.cli import RunOptions, main
 
@@ -188,9 +189,9 @@ def test_the_scripts_run_as_programs(tmp_path):
     assert "Traceback" not in wrong.stderr
 
 
-def rqvae_task(mode: QuantizeMode) -> train_rqvae.RqVaeTask:
+def rqvae_task(mode: QuantizeMode) -> RqVaeTask:
     features = torch.arange(40, dtype=torch.float32).view(10, 4).numpy()
-    return train_rqvae.RqVaeTask(
+    return RqVaeTask(
         train_rqvae.RqVae(train_rqvae.RqVaeConfig(input_dim=4, hidden_dims=(4,), codebook_sizes=(2,), mode=mode)),
         features,
         np.arange(10),

@@ -148,7 +148,7 @@ def read_index(path: Path) -> Index:
     return Index(path, [key for key, _ in entries], codes, letters)
 
 
-class _Pairs(list):
+class _Pairs(tuple):
     """A JSON object as it stands in the file: a dictionary would hide that a key is there twice."""
 
 
@@ -170,7 +170,7 @@ def _entries(path: Path) -> list[tuple[str, object]]:
         if not key or not _is_text(key):
             raise InputError(f"{path}: item {key!r} expected a key of at least one character that UTF-8 can hold.")
         seen.add(key)
-    return content
+    return list(content)
 
 
 def _letters(path: Path, key: str, tokens: object) -> str:

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.feature_rows import HALF, FeatureMatrix, to_tensor
 from modules.rqvae import RqVae
-from modules.tokenizer.assign import BLOCK_ROWS, FeatureMatrix
-
-_HALF = (torch.float16, torch.bfloat16)
+from modules.tokenizer.assign import BLOCK_ROWS
 
 _BLOCK = 64
 """Items whose costs are computed at once. Blocks are filled up to it, so that costs round alike in all of them."""
@@ -64,7 +62,7 @@ def _latents(rqvae: RqVae, features: FeatureMatrix, item_ids: Tensor, encoder_dt
     """[R, embed_dim] of some rows on the RQ-VAE's device, in blocks of one shape, as `assign_codes` encodes them."""
     device = next(rqvae.parameters()).device
     size = BLOCK_ROWS.get(device.type, BLOCK_ROWS["cuda"])
-    half = encoder_dtype in _HALF
+    half = encoder_dtype in HALF
     latents = torch.empty(len(item_ids), rqvae.config.embed_dim, device=device)
     for begin, block in _rows_of(features, item_ids, size):
         full = F.pad(block, (0, 0, 0, size - len(block))).to(device)
@@ -80,7 +78,8 @@ def _rows_of(features: FeatureMatrix, item_ids: Tensor, size: int) -> Iterator[t
         low, high = torch.searchsorted(item_ids, torch.tensor([start, start + size])).tolist()
         if low == high:
             continue
-        waiting.append(_as_tensor(features[start : start + size], item_ids[low:high] - start))
+        block = to_tensor(features[start : start + size])
+        waiting.append(block[(item_ids[low:high] - start).to(block.device)])
         num_waiting += high - low
         if num_waiting >= size:
             rows = torch.cat(waiting)
@@ -88,12 +87,3 @@ def _rows_of(features: FeatureMatrix, item_ids: Tensor, size: int) -> Iterator[t
             begin, waiting, num_waiting = begin + size, [rows[size:]], num_waiting - size
     if num_waiting:
         yield begin, torch.cat(waiting)
-
-
-def _as_tensor(block: object, rows: Tensor) -> Tensor:
-    """Some rows of a block, in their own half precision or in fp32."""
-    if isinstance(block, Tensor):
-        chosen = block[rows.to(block.device)]
-        return chosen if chosen.dtype in _HALF else chosen.float()
-    array = np.asarray(block)[rows.numpy()]
-    return torch.from_numpy(array if array.dtype == np.float16 else array.astype(np.float32))

@@ -141,9 +141,8 @@ def _convert(source: str, config: Mapping[str, Any], state: Mapping[str, Tensor]
     if missing:
         raise InputError(f"{source} is not an RQ-VAE of the older layout: its configuration lacks {missing}.")
     try:
-        rqvae = _with_weights(
-            _converted_config(config), {**_renamed(state), "codebooks_initialized": torch.tensor(True)}
-        )
+        weights = {**_renamed(state), "codebooks_initialized": torch.tensor(True)}
+        rqvae = RqVae.from_weights(_converted_config(config), weights)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -170,21 +169,6 @@ def _converted_config(config: Mapping[str, Any]) -> RqVaeConfig:
         activation="silu",
         bias=False,
     )
-
-
-def _with_weights(config: RqVaeConfig, state: dict[str, Tensor]) -> RqVae:
-    """An RQ-VAE with these weights, once it is known that they are finite and of the sizes that the configuration says.
-
-    A few lines of configuration can ask for more memory than there is, so that sizes are compared without any.
-    """
-    for name, tensor in state.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"the weight {name} holds NaN or infinity. Take an earlier checkpoint.")
-    with torch.device("meta"):
-        RqVae(config).load_state_dict(state, assign=True)
-    rqvae = RqVae(config)
-    rqvae.load_state_dict(state)
-    return rqvae
 
 
 def _mode(value: Any) -> QuantizeMode:

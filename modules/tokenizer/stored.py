@@ -1,7 +1,8 @@
 """The files of a tokenizer artifact: what is written, and what is verified when they are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from modules.tokenizer.artifact_folder import (
 )
 from modules.tokenizer.collisions import codebook_health
 from modules.tokenizer.frozen_ids import FrozenIds
-from modules.tokenizer.layout import CONFIG, check_versions, file_names, only_language
 from modules.tokenizer.legacy import has_older_layout
 from modules.tokenizer.model_card import model_card
 from modules.tokenizer.policies import CollisionPolicy
 
 KIND = "semantic-id tokenizer"
 FORMAT_VERSION = 2
+CONFIG = "config.json"
 
 _WRITTEN_FIELDS = ("kind", "format_version", "content_hash", "files")
 
@@ -56,14 +57,14 @@ def read_tokenizer(folder: Path) -> tuple[dict[str, Any], Any]:
             "from item features: SemanticIdTokenizer.fit(load_legacy(path), features, ...)."
         )
     manifest = read_manifest(folder, KIND, FORMAT_VERSION, [CONFIG])
-    check_versions(folder / MANIFEST, manifest)
-    language, settings = only_language(folder, read_json(folder / CONFIG))
+    _check_versions(folder / MANIFEST, manifest)
+    language, settings = _only_language(folder, read_json(folder / CONFIG))
     policy = _policy(folder, settings)
-    names = file_names(language, policy, has_quantizer="rqvae" in settings)
+    names = _file_names(language, policy, has_quantizer="rqvae" in settings)
     verify_files(folder, manifest, names.values())
     ids = read_safetensors(folder / names["semantic_ids"])
     arguments = {
-        "rqvae": _rqvae(settings["rqvae"], folder / names["quantizer"]) if "rqvae" in settings else None,
+        "rqvae": _rqvae(folder, settings["rqvae"], names["quantizer"]) if "rqvae" in settings else None,
         "semantic_ids": ids["semantic_ids"],
         "level_sizes": tuple(settings["level_sizes"]),
         "catalogue": Catalogue.load(folder / names["catalogue"]),
@@ -76,9 +77,18 @@ def read_tokenizer(folder: Path) -> tuple[dict[str, Any], Any]:
     return arguments, manifest.get("content_hash")
 
 
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """What turns out not to fit meanwhile says where it lies."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
 def _write_files(folder: Path, tokenizer: FrozenIds) -> None:
     policy, manifest = tokenizer.collision_policy, tokenizer.described()
-    names = file_names(tokenizer.language, policy, has_quantizer=tokenizer.rqvae is not None)
+    names = _file_names(tokenizer.language, policy, has_quantizer=tokenizer.rqvae is not None)
     for name in names.values():
         (folder / name).parent.mkdir(exist_ok=True)
     config = {"languages": {tokenizer.language: tokenizer.settings()}}
@@ -115,6 +125,49 @@ def _write_collisions(path: Path, tokenizer: FrozenIds) -> None:
     path.write_text(f'{{"num_ids": {len(groups)}, "groups": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
+def _file_names(language: str, policy: CollisionPolicy, *, has_quantizer: bool) -> dict[str, str]:
+    """Names, inside the folder, of the files that the manifest lists.
+
+    Args:
+        language: of the codes.
+        policy: the one that lists what shares an id does so in a file.
+        has_quantizer: false for ids that came without one.
+    """
+    names = {
+        "config": CONFIG,
+        "semantic_ids": f"semantic_ids/{language}.safetensors",
+        "catalogue": "catalogue.safetensors",
+    }
+    if has_quantizer:
+        names["quantizer"] = f"quantizers/{language}.safetensors"
+    if policy is CollisionPolicy.NONE:
+        names["collisions"] = "collisions.json"
+    return names
+
+
+def _only_language(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The one code language that a configuration holds, and its settings (InputError)."""
+    languages = config.get("languages")
+    if (
+        not isinstance(languages, dict)
+        or len(languages) != 1
+        or not all(isinstance(s, dict) for s in languages.values())
+    ):
+        raise InputError(f"{folder / CONFIG} expected one code language under 'languages', got {languages!r}.")
+    return next(iter(languages.items()))
+
+
+def _check_versions(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest whose catalogue version and lineage are not what a tokenizer writes (InputError)."""
+    version, lineage = manifest.get("catalogue_version", 1), manifest.get("lineage", [])
+    whole = isinstance(lineage, list) and all(isinstance(content_hash, str) for content_hash in lineage)
+    if not whole or type(version) is not int or version != 1 + len(lineage):
+        raise InputError(
+            f"{path} expected a catalogue_version that is one more than the hashes in its lineage, got {version!r} "
+            f"and {lineage!r}. Copy the artifact again."
+        )
+
+
 def _policy(folder: Path, settings: Mapping[str, Any]) -> CollisionPolicy:
     """That of a language's settings; those of format 1 name none, since there was only one."""
     name = settings.get("collision_policy", CollisionPolicy.DEDUP_CODE.value)
@@ -124,7 +177,7 @@ def _policy(folder: Path, settings: Mapping[str, Any]) -> CollisionPolicy:
     return CollisionPolicy(name)
 
 
-def _rqvae(config: dict[str, Any], weights: Path) -> RqVae:
-    rqvae = RqVae(RqVaeConfig.from_dict(config))
-    rqvae.load_state_dict(read_safetensors(weights))
-    return rqvae
+def _rqvae(folder: Path, config: dict[str, Any], weights: str) -> RqVae:
+    state = read_safetensors(folder / weights)
+    with naming(folder):
+        return RqVae.from_weights(RqVaeConfig.from_dict(config), state)

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from data.schemas import Catalogue, InputError
+from modules.feature_rows import FeatureMatrix
 from modules.rqvae import RqVae
 from modules.tokenizer import living
-from modules.tokenizer.assign import FeatureMatrix, assign_codes
+from modules.tokenizer.assign import assign_codes
 from modules.tokenizer.collisions import codebook_health
 from modules.tokenizer.frozen_ids import FrozenIds
 from modules.tokenizer.hub import resolve_folder, upload_folder
 from modules.tokenizer.item_costs import ItemCosts
 from modules.tokenizer.nearest_free import Costs
 from modules.tokenizer.policies import CollisionPolicy, first_ids, joining_ids, metrics_of_ids
-from modules.tokenizer.stored import read_tokenizer, write_tokenizer
+from modules.tokenizer.stored import naming, read_tokenizer, write_tokenizer
 
 _ENCODER_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -288,7 +289,8 @@ class SemanticIdTokenizer(FrozenIds):
         folder = resolve_folder(folder_or_hub_id, revision=revision)
         try:
             arguments, content_hash = read_tokenizer(folder)
-            tokenizer = cls(**arguments)
+            with naming(folder):
+                tokenizer = cls(**arguments)
         except (KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{folder} contradicts itself ({error}). Copy or build the artifact again.") from error
         if tokenizer.content_hash != content_hash:

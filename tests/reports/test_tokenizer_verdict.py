@@ -107,8 +107,8 @@ def test_all_is_well():
     [
         (with_health(num_used=(256, 240)), "Codes in use", Status.WARN),
         (with_health(num_used=(100, 250)), "Codes in use", Status.BAD),
-        (with_health(entropy=(7.9, 6.5)), "Codes evenly used", Status.WARN),
-        (with_health(entropy=(5.0, 7.9)), "Codes evenly used", Status.BAD),
+        (with_health(entropy=(7.9, 5.0)), "Codes evenly used", Status.WARN),
+        (with_health(entropy=(3.9, 7.9)), "Codes evenly used", Status.BAD),
         (with_health(num_distinct=9_500), "Unique before the policy", Status.WARN),
         (with_health(num_distinct=7_000), "Unique before the policy", Status.BAD),
         (with_health(largest_group=11), "Largest collision group", Status.WARN),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import train_rqvae
+import tasks.rqvae
 from data.batching import ExampleStrategy, TrainingBatches
 from data.schemas import Histories, Ranges
 from modules.estimators import QuantizeMode
@@ -17,9 +17,9 @@ from modules.quantize import Distance
 from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.sequence import SequenceTokenizer
+from tasks.retrieval import RetrievalTask
+from tasks.rqvae import RqVaeTask, TokenizerSettings
 from tests.training.tiny import loop_config
-from train_decoder import RetrievalTask
-from train_rqvae import RqVaeTask, TokenizerSettings
 from training.optimizers import build_optimizer
 from training.step import OptimizerStep
 from training.task import Task
@@ -124,7 +124,7 @@ def rqvae_task(quantizer: str, *, num_batches: int, device: torch.device = CPU) 
     config = RqVaeConfig(input_dim=8, hidden_dims=(8,), embed_dim=4, codebook_sizes=(6, 6), **settings)
     alone = SimpleNamespace(device=device, process_index=0, num_processes=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_rqvae, "process_state", lambda: alone)
+        patch.setattr(tasks.rqvae, "process_state", lambda: alone)
         return RqVaeTask(
             RqVae(config),
             np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32),

@@ -11,9 +11,9 @@ import ops
 import ops.backend
 import ops.checks
 import ops.graphs
+from tasks.rqvae import RqVaeTask
 from tests.ops.recorders import TapeRecorder
 from tests.training.tasks import CPU, QUANTIZERS, retrieval_task, rqvae_task, train
-from train_rqvae import RqVaeTask
 from training.task import Task
 
 NUM_STEPS = 12

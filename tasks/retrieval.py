@@ -1,0 +1,50 @@
+"""Training the retrieval model: histories as tokens, and the loss of the next item's codes."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from data.batching import Examples, TrainingBatches
+from data.schemas import SeqBatch
+from modules.model import EncoderDecoderRetrievalModel
+from modules.tokenizer.sequence import SequenceTokenizer
+
+
+class RetrievalTask:
+    """What the training loop needs to know of the retrieval model.
+
+    Args:
+        model: the encoder-decoder.
+        batches: training batches of item ids.
+        tokenize: item ids to the model's tokens.
+        validate: metrics of the model as it is, on validation targets.
+    """
+
+    selection_metric = "generative/valid/all/ndcg@10"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        model: EncoderDecoderRetrievalModel,
+        batches: TrainingBatches,
+        *,
+        tokenize: SequenceTokenizer,
+        validate: Callable[[], dict[str, float]],
+    ) -> None:
+        self.model: nn.Module = model
+        self._batches = batches
+        self._tokenize = tokenize
+        self._validate = validate
+
+    def batch(self, step: int) -> Examples | SeqBatch:
+        """Where the histories and targets of a step lie."""
+        return self._batches.draw(step)
+
+    def loss(self, model: nn.Module, batch: Examples | SeqBatch) -> dict[str, Tensor]:
+        """Cross-entropy summed over levels, and each level's own."""
+        histories = self._batches.pack(batch)
+        return model(self._tokenize.to(histories.item_ids.device)(histories))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Item-level metrics on validation targets."""
+        return self._validate()
