@@ -149,7 +149,7 @@ def report(args: argparse.Namespace) -> int:
     from data.aligned_features import align_features
     from data.feature_files import open_features
     from modules.tokenizer.artifact_folder import read_json
-    from reports.tokenizer_report import METRICS, write_tokenizer_report
+    from reports.tokenizer.report import METRICS, write_tokenizer_report
 
     check_writable(args.output / METRICS, "--output")
     tokenizer = load_tokenizer(args.artifact)

@@ -27,7 +27,7 @@ from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.plots import plot_run
-from reports.tokenizer_report import write_tokenizer_report
+from reports.tokenizer.report import write_tokenizer_report
 from tasks.rqvae import RqVaeTask, SelectBy, TokenizerSettings, TrainOn, by_codes, initialize_
 from training.cli import main
 from training.gin_config import register

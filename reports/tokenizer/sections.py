@@ -10,10 +10,10 @@ from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.charts import Line, line_chart
 from reports.markup import Markup, element, join
 from reports.plots import panels, read_curves
-from reports.tokenizer_checks import Check, Status
-from reports.tokenizer_measures import FeatureMeasures, Histogram, Measures
-from reports.tokenizer_parts import NOTHING, first_codes, gauge, item_entry, percent, sampled, table
-from reports.tokenizer_verdict import Verdict
+from reports.tokenizer.checks import Check, Status
+from reports.tokenizer.measures import FeatureMeasures, Histogram, Measures
+from reports.tokenizer.parts import NOTHING, first_codes, gauge, item_entry, percent, sampled, table
+from reports.tokenizer.verdict import Verdict
 
 _STATUS_WORDS = {Status.GOOD: "ok", Status.WARN: "could be better", Status.BAD: "bad", Status.UNKNOWN: "not checked"}
 _FIRST_CURVES = (

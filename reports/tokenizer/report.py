@@ -17,20 +17,19 @@ import torch
 from data.files import cannot_write, replace_file
 from modules.feature_rows import FeatureMatrix
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
-from reports import tokenizer_examples as examples
-from reports import tokenizer_sections as sections
 from reports.markup import Markup, element, join, json_script
-from reports.tokenizer_measures import MAX_FEATURE_ROWS, Measures, measure
-from reports.tokenizer_neighbours import Neighbour, SampleItem, sample_items
-from reports.tokenizer_parts import short_title
-from reports.tokenizer_verdict import Verdict, judge
+from reports.tokenizer import examples, sections
+from reports.tokenizer.measures import MAX_FEATURE_ROWS, Measures, measure
+from reports.tokenizer.neighbours import Neighbour, SampleItem, sample_items
+from reports.tokenizer.parts import short_title
+from reports.tokenizer.verdict import Verdict, judge
 
 PAGE, METRICS = "index.html", "metrics.json"
 
 MAX_TREE_ITEMS = 20_000
 """Items in the tree of prefixes, which the page carries; of larger catalogues a sample."""
 
-_TEMPLATE = Path(__file__).with_name("tokenizer_page.html")
+_TEMPLATE = Path(__file__).with_name("page.html")
 _NAV = ("Verdict", "Levels", "Collisions", "Reconstruction", "Meaning", "Training", "Prefixes", "Facts")
 
 

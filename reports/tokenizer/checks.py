@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from modules.tokenizer.policies import CollisionPolicy
-from reports.tokenizer_measures import Measures
-from reports.tokenizer_parts import count, percent
+from reports.tokenizer.measures import Measures
+from reports.tokenizer.parts import count, percent
 
 
 class Status(enum.Enum):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evaluation.semantic_ids import nearest_by_features, shared_prefix_lengths
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
-from reports.tokenizer_measures import FeatureMeasures
+from reports.tokenizer.measures import FeatureMeasures
 
 NUM_SAMPLES = 10
 NUM_NEIGHBOURS = 8

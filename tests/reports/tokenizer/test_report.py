@@ -8,7 +8,7 @@ import torch
 from data.schemas import InputError
 from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
-from reports.tokenizer_report import write_tokenizer_report
+from reports.tokenizer.report import write_tokenizer_report
 from tests.reports.tokenizers import WIDTH, catalogue_of, clustered_features, fitted, residual_kmeans_rqvae
 
 GROUPS = 8

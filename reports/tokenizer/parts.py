@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.markup import Markup, element
-from reports.tokenizer_measures import FeatureMeasures, Measures
+from reports.tokenizer.measures import FeatureMeasures, Measures
 
 MAX_TITLE = 160
 NOTHING = "\N{EN DASH}"

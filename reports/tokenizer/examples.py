@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.markup import Markup, element, join
-from reports.tokenizer_measures import Group, Measures
-from reports.tokenizer_neighbours import Neighbour, SampleItem
-from reports.tokenizer_parts import (
+from reports.tokenizer.measures import Group, Measures
+from reports.tokenizer.neighbours import Neighbour, SampleItem
+from reports.tokenizer.parts import (
     NOTHING,
     code_boxes,
     count,

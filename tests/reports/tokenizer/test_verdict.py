@@ -7,9 +7,9 @@ from evaluation.reconstruction import Reconstruction
 from evaluation.semantic_ids import NeighbourAgreement, Purity
 from modules.tokenizer.collisions import CodebookHealth
 from modules.tokenizer.policies import CollisionPolicy
-from reports.tokenizer_checks import Status, Threshold
-from reports.tokenizer_measures import FeatureMeasures, Group, Measures
-from reports.tokenizer_verdict import judge
+from reports.tokenizer.checks import Status, Threshold
+from reports.tokenizer.measures import FeatureMeasures, Group, Measures
+from reports.tokenizer.verdict import judge
 
 NUM_ITEMS = 10_000
 HEALTH = CodebookHealth(

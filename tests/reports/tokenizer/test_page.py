@@ -9,7 +9,7 @@ pytest.importorskip("selenium", reason="selenium comes with requirements-dev.txt
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from reports.tokenizer_report import write_tokenizer_report
+from reports.tokenizer.report import write_tokenizer_report
 from tests.browsers import chromium
 from tests.reports.tokenizers import clustered_features, fitted
 
