@@ -9,7 +9,8 @@ __all__ = ["CodebookHealth", "check_collapse", "codebook_health"]
 def check_collapse(health: CodebookHealth, min_use: float) -> None:
     """Stop a run whose codebook has collapsed.
 
-    A level cannot use more codes than there are items, so with few items their number is the measure.
+    A level cannot use more codes than there are items, so with few items their number is the measure; behind a level
+    that gives each of them a code of its own, the others have nothing to do.
 
     Args:
         health: of the ids of all items.
@@ -30,3 +31,5 @@ def check_collapse(health: CodebookHealth, min_use: float) -> None:
                 "batch size, set RqVaeConfig.restart_after, try another quantize mode (ROTATION_TRICK, or sim_vq), or "
                 "use smaller codebooks; nearly identical item features also cause this."
             )
+        if used == health.num_distinct:  # this level tells apart what can be told apart, and leaves nothing over
+            return

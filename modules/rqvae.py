@@ -91,7 +91,7 @@ class RqVae(nn.Module):
         latent = self.encode(x)
         with torch.autocast(x.device.type, enabled=False):
             embedding, quantization, codes = self._quantize(latent, temperature)
-            separation = self._separation(latent)
+            separation = self._separation(latent, codes)
         prediction = self.decode(embedding)
         reconstruction = reconstruction_loss(prediction, x, num_categorical=self.config.num_categorical)
         loss = (reconstruction + quantization).mean() + self.config.separation_weight * separation
@@ -240,11 +240,13 @@ class RqVae(nn.Module):
     def _levels(self) -> list[Quantizer]:
         return cast(list[Quantizer], list(self.quantizers))
 
-    def _separation(self, latent: Tensor) -> Tensor:
-        """Mean `separation_loss` of the codes that evaluation would choose."""
+    def _separation(self, latent: Tensor, codes: Tensor) -> Tensor:
+        """Mean `separation_loss` of the codes that evaluation would choose, which may be others than training's."""
         if not self.training or self.config.separation_weight == 0:
             return latent.new_zeros(())
-        codes, last = self.quantize(latent.detach())[0], self._levels()[-1]
+        if not all(level.is_plain for level in self.config.levels):
+            codes = self.quantize(latent.detach())[0]
+        last = self._levels()[-1]
         residual = latent
         for level, quantizer in enumerate(self._levels()[:-1]):
             residual = residual - F.embedding(codes[:, level], quantizer.codebook().detach())

@@ -16,6 +16,9 @@ ENCODERS = ("mlp", "skip", "identity")
 
 MAX_LEVELS = 8
 
+_LEAST_EPSILON = 1e-6
+"""Smaller ones leave the range of fp32, and mean the nearest code anyway."""
+
 _ENUMS: dict[str, type[enum.Enum]] = {"mode": QuantizeMode, "distance": Distance}
 
 _ADDED_LATER = (
@@ -157,8 +160,8 @@ class RqVaeConfig:
             choices = ", ".join(choice.name for choice in kind)
             self._require(isinstance(getattr(config, name), kind), f"{where}{name} expected one of {choices}", name)
         self._require(
-            math.isfinite(config.sinkhorn_epsilon) and config.sinkhorn_epsilon >= 0,
-            f"{where}sinkhorn_epsilon expected 0 (the nearest code) or a positive number",
+            config.sinkhorn_epsilon == 0 or _LEAST_EPSILON <= config.sinkhorn_epsilon < math.inf,
+            f"{where}sinkhorn_epsilon expected 0 (the nearest code) or at least {_LEAST_EPSILON:g}",
             "sinkhorn_epsilon",
         )
         decays = 0 <= config.ema_decay < 1

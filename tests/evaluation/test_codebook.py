@@ -67,3 +67,12 @@ def test_few_items_cannot_fill_a_codebook():
 def test_threshold_is_a_share(min_use):
     with pytest.raises(InputError, match="min_use"):
         check_collapse(codebook_health(CODES, (4, 8)), min_use)
+
+
+def test_levels_behind_one_that_tells_all_items_apart_have_nothing_to_do():
+    items = torch.arange(20)
+    check_collapse(codebook_health(torch.stack([items, items * 0], dim=1), (64, 64)), 0.9)
+    with pytest.raises(InputError, match="level 0 uses 1 of 20 codes"):
+        check_collapse(codebook_health(torch.zeros(20, 2, dtype=torch.int64), (64, 64)), 0.2)
+    with pytest.raises(InputError, match="level 1 uses 1 of 20 codes"):
+        check_collapse(codebook_health(torch.stack([items // 2, items * 0, items], dim=1), (64, 64, 64)), 0.2)
