@@ -370,7 +370,7 @@ def test_a_refusal_names_what_was_got_and_nothing_else():
     with pytest.raises(InputError) as caught:
         RqVaeConfig(input_dim=9, sinkhorn_epsilon=(0.0, -0.1, 0.0))
     assert str(caught.value) == (
-        "RqVaeConfig: level 1: sinkhorn_epsilon expected 0 (the nearest code) or a positive number, "
+        "RqVaeConfig: level 1: sinkhorn_epsilon expected 0 (the nearest code) or at least 1e-06, "
         "got sinkhorn_epsilon = (0.0, -0.1, 0.0)."
     )
 
