@@ -86,7 +86,7 @@ def test_prefixes_open_down_to_the_items(page, tokenizer):
     while closed := page.all("#tree details[open] .inside > div > details:not([open]) > summary"):
         closed[0].click()
         page.wait_until(lambda path=closed[0]: path.find_elements(By.XPATH, "./following-sibling::div"))
-    assert len(page.all("#tree .items > li")) == len(first)
+    page.wait_until(lambda: len(page.all("#tree .items > li")) == len(first))
 
 
 def test_long_lists_grow_on_demand(browser, tmp_path, tokenizer):
