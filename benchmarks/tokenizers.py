@@ -223,7 +223,7 @@ def _row(
     try:
         tokenizer, seconds = train_one(dataset=dataset, features=features, width=width, **choice)
     except InputError as error:
-        return row | {"stopped": str(error).split(".")[0]}
+        return row | {"stopped": str(error).partition(",")[0]}
     return row | measure(tokenizer) | {"seconds": round(seconds, 1)}
 
 
