@@ -66,10 +66,13 @@ def _product(a, b, PRECISION: tl.constexpr):
 
 
 def _blocks(num_rows: int, width: int, largest: int) -> dict[str, int]:
-    """Some 4,096 distances per program, and at most 8,192 numbers of the codes beside them: more would spill."""
+    """Some 4,096 distances per program, and at most 8,192 numbers of the codes beside them, of wide ones half as many:
+    more would spill.
+    """
     padded = power_of_2(width)
     rows = 64 if num_rows >= _MANY_ROWS and padded <= 32 else 16
-    codes = max(16, min(4096 // rows, 8192 // padded, power_of_2(largest)))
+    numbers = 8192 if padded <= 64 else 4096
+    codes = max(16, min(4096 // rows, numbers // padded, power_of_2(largest)))
     return {"ROWS": rows, "CODES": codes, "WIDTH": padded, "num_warps": 4 if padded <= 32 else 8, "num_stages": 2}
 
 
