@@ -36,7 +36,9 @@ def align_features(features: FeatureFile, item_keys: Sequence[str]) -> FeatureFi
     places = _places(features, item_keys)
     if len(places) == len(item_keys) and np.array_equal(places, np.arange(len(places))):
         return features
-    return _gathered(features, places, len(item_keys))
+    gathered = np.empty((len(item_keys), features.shape[1]), dtype=features[:1].dtype)
+    put_rows(features, places, gathered)
+    return gathered
 
 
 def _places(features: FeatureFile, item_keys: Sequence[str]) -> np.ndarray:
@@ -58,13 +60,15 @@ def _places(features: FeatureFile, item_keys: Sequence[str]) -> np.ndarray:
     return places
 
 
-def _gathered(features: FeatureFile, places: np.ndarray, num_items: int) -> np.ndarray:
-    gathered = None
+def put_rows(features: FeatureFile, places: np.ndarray, target: np.ndarray) -> None:
+    """Write the rows of a file, in one pass over it, to their places in `target` [N, D].
+
+    Args:
+        features: [M, D].
+        places: [M] where each row goes; rows of -1 are left out.
+        target: of any float dtype; in memory, or a memory map.
+    """
     for begin in range(0, len(features), _BLOCK_ROWS):
         block = features[begin : min(begin + _BLOCK_ROWS, len(features))]
-        if gathered is None:
-            gathered = np.empty((num_items, features.shape[1]), dtype=block.dtype)
         wanted = places[begin : begin + len(block)]
-        gathered[wanted[wanted >= 0]] = block[wanted >= 0]
-    assert gathered is not None
-    return gathered
+        target[wanted[wanted >= 0]] = block[wanted >= 0]

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from data.aligned_features import put_rows
 from data.encoders import Encoder, EncoderInput
 from data.feature_files import SUFFIXES, FeatureFile, keys_path, open_features
 from data.parquet_features import examples
 from data.schemas import InputError
-
-_READ_ROWS = 65_536
 
 _logger = logging.getLogger(__name__)
 
@@ -82,11 +81,8 @@ def _chosen(features: FeatureFile, places: list[int], scratch: Path) -> np.ndarr
     if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no crash when a page is written
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    order = np.argsort(places, kind="stable")
-    sought = np.asarray(places)[order]
-    for begin in range(0, len(features), _READ_ROWS):
-        block = features[begin : begin + _READ_ROWS]
-        first, last = np.searchsorted(sought, (begin, begin + len(block)))
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
-            chosen[order[first:last]] = block[sought[first:last] - begin]
+    rows = np.full(len(features), -1, dtype=np.int64)
+    rows[places] = np.arange(len(places))
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
+        put_rows(features, rows, chosen)
     return chosen
