@@ -13,8 +13,8 @@ from modules.kmeans import kmeans
 from modules.sinkhorn import sinkhorn_codes
 from ops import codebook_stats, residual_quantize
 
-_SMOOTHING = 1e-5
-"""Share of a row that every code of an EMA codebook has in any case, so that no mean divides by zero."""
+_FADED = 1e-5
+"""A code of an EMA codebook whose moving count of rows is smaller keeps its place, so that no mean divides by zero."""
 
 
 class Distance(enum.Enum):
@@ -188,8 +188,8 @@ class Quantizer(nn.Module):
 
     def _averages(self) -> Tensor:
         """Sums over counts; a code that loses its rows keeps its place."""
-        alive = self.ema_counts > _SMOOTHING
-        return torch.where(alive[:, None], self.ema_sums / self.ema_counts.clamp(min=_SMOOTHING)[:, None], self.weight)
+        alive = self.ema_counts > _FADED
+        return torch.where(alive[:, None], self.ema_sums / self.ema_counts.clamp(min=_FADED)[:, None], self.weight)
 
 
 def _over_processes(tensor: Tensor) -> Tensor:
