@@ -10,6 +10,7 @@ import torch
 from data.schemas import InputError
 from ops.checks import waits_for_devices
 from training.checks import require_at_least
+from training.parameter_groups import ParameterGroup
 from training.processes import uses_cuda
 from training.schedules import ScheduleName
 
@@ -23,7 +24,13 @@ class LoopConfig:
         gradient_accumulation_steps: batches per optimizer step; their mean loss counts.
         learning_rate: after warm-up, before decay.
         schedule: see schedules.py.
+        parameter_groups: parameters that are trained with another rate or weight decay; a parameter belongs to the
+            first group that names it.
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
+        average_decay: evaluate and keep the moving average of the weights, of which a step keeps this share; None
+            evaluates the weights themselves.
+        max_skipped_steps: in a row: a step whose loss or gradient is not finite changes nothing and is counted; after
+            so many of them training stops with an error.
         mixed_precision: "auto" is fp16 on CUDA, bf16 on processors with AMX, and none elsewhere, where it gains
             little; fp16 needs CUDA, bf16 a processor or GPU that computes in it. Evaluation is in fp32.
         cuda_graphs: replay the whole training step as one launch. "auto" does so wherever it can: AdamW on one CUDA
@@ -42,9 +49,12 @@ class LoopConfig:
     gradient_accumulation_steps: int = 1
     optimizer: Literal["adamw", "adagrad"] = "adamw"
     weight_decay: float = 0.0
+    parameter_groups: tuple[ParameterGroup, ...] = ()
     schedule: ScheduleName = "constant"
     warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
+    average_decay: float | None = None
+    max_skipped_steps: int = 10
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     cuda_graphs: bool | Literal["auto"] = "auto"
     eval_every: int = 1000
@@ -55,13 +65,16 @@ class LoopConfig:
     max_minutes: float | None = None
 
     def __post_init__(self) -> None:
-        counts = "num_steps gradient_accumulation_steps eval_every patience log_every checkpoint_every keep_checkpoints"
+        counts = "num_steps gradient_accumulation_steps eval_every patience log_every checkpoint_every"
+        counts += " keep_checkpoints max_skipped_steps"
         require_at_least(1, "LoopConfig", **{name: getattr(self, name) for name in counts.split()})
         require_at_least(0, "LoopConfig", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
         for name in ("learning_rate", "max_grad_norm", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"LoopConfig.{name} expected a positive number, got {value}.")
+        if self.average_decay is not None and not 0 < self.average_decay < 1:
+            raise InputError(f"LoopConfig.average_decay expected a share in (0, 1), got {self.average_decay}.")
         _check_precision(self.mixed_precision)
         self.uses_cuda_graphs()
 
