@@ -121,6 +121,7 @@ def train(
         retrieval_model,
         batches,
         tokenize=tokenize,
+        item_keys=prepared.catalogue.item_keys,
         validate=lambda: protocol.evaluate([ranker], "valid", max_users=max_valid_users, seed=seed),
     )
     result = run_training(task, loop, run, seed=seed, resume=options.resume, wandb_logging=wandb_logging)

@@ -141,7 +141,8 @@ def train(
     initialize_(rqvae, values, rows, settings)
     num_batches = loop.num_steps * loop.gradient_accumulation_steps
     rows = rows if neighbours_together == 1 else by_codes(rqvae, values, rows)
-    task = RqVaeTask(rqvae, values, rows, valid_rows, settings=settings, num_batches=num_batches)
+    item_keys = [key for items in sets for key in items.catalogue.item_keys]
+    task = RqVaeTask(rqvae, values, rows, valid_rows, item_keys=item_keys, settings=settings, num_batches=num_batches)
     facts: dict[str, float] = {"steps": 0, "seconds": 0.0, "best_step": 0}
     if model.encoder != "identity":
         result = run_training(task, loop, run, seed=seed, resume=options.resume, wandb_logging=wandb_logging)
@@ -165,8 +166,7 @@ def _hash_of(sets: Sequence[ItemSet], model: RqVaeConfig, loop: LoopConfig, sett
             "data": [items.prepared.manifest_hash for items in sets],
             "features": [items.features.description for items in sets],
             "model": model.to_dict(),
-            # Graphs change how a run computes, not what: artifacts of either kind are reused.
-            "loop": {name: value for name, value in asdict(loop).items() if name != "cuda_graphs"},
+            "loop": loop.to_dict(),
             "training": {**asdict(settings), "collisions": settings.collisions.value},
         }
     )

@@ -225,6 +225,10 @@ class FeatureBatches:
         # Pinned here and not by the thread: a thread must not call CUDA while this one records a graph.
         return _pinned(self._values(step), self._device)
 
+    def row_numbers(self, step: int) -> np.ndarray:
+        """[B] int64 numbers of the rows of one step."""
+        return self._steps.numbers(step)
+
     def pack(self, drawn: Tensor) -> Tensor:
         """[B, D] float32 rows of what was drawn."""
         return drawn if self._resident is None else self._resident[drawn.to(self._device)].float()

@@ -1,7 +1,8 @@
 """Training the retrieval model: histories as tokens, and the loss of the next item's codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from data.batching import Examples, TrainingBatches
@@ -17,6 +18,7 @@ class RetrievalTask:
         model: the encoder-decoder.
         batches: training batches of item ids.
         tokenize: item ids to the model's tokens.
+        item_keys: of the catalogue.
         validate: metrics of the model as it is, on validation targets.
     """
 
@@ -29,16 +31,25 @@ class RetrievalTask:
         batches: TrainingBatches,
         *,
         tokenize: SequenceTokenizer,
+        item_keys: Sequence[str],
         validate: Callable[[], dict[str, float]],
     ) -> None:
         self.model: nn.Module = model
         self._batches = batches
         self._tokenize = tokenize
+        self._item_keys = item_keys
         self._validate = validate
 
     def batch(self, step: int) -> Examples | SeqBatch:
         """Where the histories and targets of a step lie."""
         return self._batches.draw(step)
+
+    def item_keys(self, step: int) -> list[str]:
+        """Every item of the histories and targets of a step once."""
+        batch = self._batches.batch(step)
+        assert batch.targets is not None
+        ids = torch.cat([batch.item_ids[: int(batch.offsets[-1])], batch.targets]).unique()
+        return [self._item_keys[item_id] for item_id in ids.tolist()]
 
     def loss(self, model: nn.Module, batch: Examples | SeqBatch) -> dict[str, Tensor]:
         """Cross-entropy summed over levels, and each level's own."""

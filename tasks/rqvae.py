@@ -1,5 +1,6 @@
 """Training an RQ-VAE: what a step reads, what it loses, and how codebooks are judged."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -101,6 +102,7 @@ class RqVaeTask:
         features: [N, D] of all items, in memory or memory-mapped.
         train_rows: which of them to train on, similar ones next to each other where neighbours shall meet.
         valid_rows: which of them to measure losses on; codebooks are measured on all.
+        item_keys: of the rows of the features.
         settings: how to train and select.
         num_batches: over which the temperature anneals geometrically from its first to its last value.
     """
@@ -112,6 +114,7 @@ class RqVaeTask:
         train_rows: np.ndarray,
         valid_rows: np.ndarray,
         *,
+        item_keys: Sequence[str],
         settings: TokenizerSettings,
         num_batches: int,
     ) -> None:
@@ -120,6 +123,7 @@ class RqVaeTask:
         self.selection_metric, self.higher_is_better = _SELECTION[settings.select_by]
         self._config = model.config
         self._features = features
+        self._item_keys = item_keys
         self._batches = FeatureBatches(
             features,
             settings.batch_size,
@@ -142,6 +146,10 @@ class RqVaeTask:
         first, last = self._settings.temperature
         temperature = first * (last / first) ** min(step / self._num_batches, 1.0)
         return RqVaeBatch(self._batches.draw(step), torch.tensor(temperature))
+
+    def item_keys(self, step: int) -> list[str]:
+        """The items of a step."""
+        return [self._item_keys[row] for row in self._batches.row_numbers(step).tolist()]
 
     def loss(self, model: nn.Module, batch: RqVaeBatch) -> dict[str, Tensor]:
         """Loss of a batch and its parts."""

@@ -18,7 +18,7 @@ from modules.estimators import QuantizeMode
 from modules.recommender import Recommender
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from tasks.rqvae import RqVaeTask
-from tests.training.tasks import tokenizer_settings
+from tests.training.tasks import retrieval_task, tokenizer_settings
 from training.cli import RunOptions, main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -196,6 +196,7 @@ def rqvae_task(mode: QuantizeMode) -> RqVaeTask:
         features,
         np.arange(10),
         np.arange(10),
+        item_keys=[f"item-{row}" for row in range(10)],
         settings=tokenizer_settings(batch_size=3, temperature=(1.0, 0.01)),
         num_batches=10,
     )
@@ -204,6 +205,16 @@ def rqvae_task(mode: QuantizeMode) -> RqVaeTask:
 def test_the_task_draws_the_same_batch_for_the_same_step():
     task = rqvae_task(QuantizeMode.GUMBEL_SOFTMAX)
     torch.testing.assert_close(task.batch(7).drawn, task.batch(7).drawn, rtol=0, atol=0)
+
+
+def test_the_items_of_a_step_are_those_of_its_batch():
+    task = rqvae_task(QuantizeMode.ROTATION_TRICK)
+    first_features = task.batch(5).drawn[:, 0].tolist()
+    assert task.item_keys(5) == [f"item-{int(value) // 4}" for value in first_features]
+    retrieval = retrieval_task(fixed_capacity=True)
+    packed = retrieval._batches.batch(2)
+    held = {*packed.item_ids[: packed.offsets[-1]].tolist(), *packed.targets.tolist()}
+    assert {int(key.removeprefix("item-")) for key in retrieval.item_keys(2)} == held
 
 
 def test_the_temperature_is_annealed_in_tensors_that_a_recording_reads_anew():

@@ -2,8 +2,8 @@
 
 import math
 import platform
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,8 @@ from training.checks import require_at_least
 from training.parameter_groups import ParameterGroup
 from training.processes import uses_cuda
 from training.schedules import ScheduleName
+
+_ADDED_LATER = ("parameter_groups", "average_decay", "max_skipped_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,34 @@ class LoopConfig:
             raise InputError(f"LoopConfig.average_decay expected a share in (0, 1), got {self.average_decay}.")
         _check_precision(self.mixed_precision)
         self.uses_cuda_graphs()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the weights, as plain values; settings that came later are left out at their defaults.
+
+        Two runs whose dictionaries are equal train alike: CUDA graphs change how a run computes, not what.
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "cuda_graphs" and not (name in _ADDED_LATER and value == defaults[name])
+        }
+
+    def for_trial(self, num_steps: int) -> "LoopConfig":
+        """The same training cut to its first steps, which ends in an evaluation and a checkpoint.
+
+        Steps run one by one: recording them as CUDA graphs would hide what they consist of.
+        """
+        return replace(
+            self,
+            num_steps=num_steps,
+            eval_every=num_steps,
+            checkpoint_every=num_steps,
+            log_every=min(self.log_every, num_steps),
+            patience=None,
+            max_minutes=None,
+            cuda_graphs=False,
+        )
 
     def precision_on(self, device: torch.device) -> str:
         """What "auto" means on a device; else the precision that was set."""

@@ -40,6 +40,10 @@ class Task(Protocol):
         """
         ...
 
+    def item_keys(self, step: int) -> list[str]:
+        """The items that batch number `step` of this process holds, for people who ask what was wrong with it."""
+        ...
+
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Scalars by name; "loss" is optimised, the rest is logged.
 

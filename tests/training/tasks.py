@@ -80,7 +80,9 @@ def retrieval_task(*, fixed_capacity: bool, dropout: float = 0.1, device: torch.
     )
     semantic_ids = torch.stack([torch.randint(size, (30,)) for size in sizes], dim=1)
     tokenize = SequenceTokenizer(semantic_ids, model.vocabulary)
-    return RetrievalTask(model, batches, tokenize=tokenize, validate=dict)
+    return RetrievalTask(
+        model, batches, tokenize=tokenize, item_keys=[f"item-{item_id}" for item_id in range(30)], validate=dict
+    )
 
 
 def tokenizer_settings(**changes: Any) -> TokenizerSettings:
@@ -130,6 +132,7 @@ def rqvae_task(quantizer: str, *, num_batches: int, device: torch.device = CPU) 
             np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32),
             np.arange(40),
             np.arange(40),
+            item_keys=[f"item-{row}" for row in range(40)],
             settings=tokenizer_settings(),
             num_batches=num_batches,
         )

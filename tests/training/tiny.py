@@ -31,6 +31,9 @@ class LinearTask:
         examples = self.examples(step)
         return examples * float("nan") if step == self._poison_step else examples
 
+    def item_keys(self, step: int) -> list[str]:
+        return [f"{step}.{row}" for row in range(self._batch_size)]
+
     def loss(self, model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         error = model(batch[:, :4]).squeeze(1) - batch[:, 4]
         return {"loss": error.square().mean(), "absolute": error.abs().mean()}
