@@ -10,10 +10,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -46,6 +46,53 @@ def write_synced(path: Path, data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def stream_synced(path: Path, write: Callable[[BinaryIO], object]) -> str:
+    """Write a new file through to the disk while its content is made, without a copy of it in memory.
+
+    Args:
+        path: of the file.
+        write: gets the open file, of which it uses `write` and `flush`.
+
+    Returns:
+        The sha256 of what was written.
+    """
+    with path.open("wb") as file:
+        stream = _HashedStream(file)
+        write(cast(BinaryIO, stream))
+        if stream.error is not None:
+            raise stream.error
+        file.flush()
+        os.fsync(file.fileno())
+    return stream.sha256.hexdigest()
+
+
+def copy_synced(source: Path, target: Path) -> str:
+    """Copy a file through to the disk; returns the sha256 of what was copied."""
+    with source.open("rb") as file:
+        return stream_synced(target, lambda stream: shutil.copyfileobj(file, stream))
+
+
+class _HashedStream:
+    """The open end of a file. A failed write is kept, and what follows it dropped: torch.save hides it otherwise."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+        self._file = file
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """What is left in memory is written at the end, where it may fail."""
+
+
 def replace_file(path: Path, data: bytes | str) -> None:
     """Write a file or replace its content, atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -53,7 +100,8 @@ def replace_file(path: Path, data: bytes | str) -> None:
         write_synced(temporary, data.encode("utf-8") if isinstance(data, str) else data)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that has become read-only
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -98,7 +146,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(folder, error) from error
     try:
-        _clean_up(folder)
+        clean_up(folder)
         yield
     finally:
         lock.release()
@@ -142,8 +190,8 @@ def _swap(temporary: Path, folder: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _clean_up(folder: Path) -> None:
-    """Removes temporary folders of killed runs; a folder retired just before the kill comes back."""
+def clean_up(folder: Path) -> None:
+    """Remove what killed processes left of `replaced_folder`; a folder retired just before the kill comes back."""
     for retired in sorted(folder.parent.glob(f".{folder.name}.old-*")):
         if folder.exists():
             shutil.rmtree(retired, ignore_errors=True)

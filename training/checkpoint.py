@@ -1,65 +1,73 @@
-"""Checkpoints that are whole or absent.
+"""The checkpoints of a run: whole or absent, written while training goes on.
 
-A checkpoint is a folder `step_XXXXXXXX` that is written under another name, synced to the disk and renamed; its
-`manifest.json` holds the sha256 of every file, and nothing is loaded before all of them agree. The newest
-`keep` are kept. `best.safetensors` beside them holds the best weights so far; every checkpoint carries the ones that
-were best at its step (a hard link, no second copy), so that resuming from it needs nothing else.
+A checkpoint is a folder `step_XXXXXXXX` (see checkpoint_files.py) that is written under another name, synced to the
+disk and renamed. The newest `keep` stay. `best.safetensors` beside them holds the best weights so far; every checkpoint
+carries a copy of the ones that were best at its step, so that resuming from it needs nothing else and damage to one
+file leaves the others whole. On the disk that is at most `keep` + 1 checkpoints and two files of weights.
+
+Training waits while its state is copied within memory; a thread writes the copy. What it could not write is raised at
+the next call that asks.
 """
 
-import io
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from data.files import disk_problem, file_sha256, sync_file, sync_folder, write_synced
+from data.files import copy_synced, disk_problem, file_sha256, sync_file, sync_folder
 from data.schemas import InputError
+from training.background import BackgroundJobs
+from training.checkpoint_files import (
+    BEST,
+    DamagedCheckpointError,
+    StoredWeights,
+    host_copy,
+    read_checkpoint,
+    verify,
+    write_checkpoint,
+)
 
-_FORMAT = 1
-_STATE = "state.pt"
-_PROGRESS = "progress.json"
-_MANIFEST = "manifest.json"
-BEST = "best.safetensors"
-
-
-class DamagedCheckpointError(Exception):
-    """A checkpoint that is not what was written; the message says in what way."""
+_NAME = re.compile(r"step_(\d{8,})")
+_WRITING, _REPLACED, _DELETING = ".writing_", ".replaced_", ".deleting_"
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Under several processes only the main one saves, see `on_main`.
 
     Args:
-        folder: created by the run folder; leftovers of interrupted writes in it are removed.
+        folder: created by the run folder.
         keep: number of newest checkpoints that stay.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder
         self._keep = keep
-        self.best_path = folder / BEST
-        self._temporary_best = folder / f".{BEST}.tmp"
+        self._best_path = folder / BEST
+        self._best: StoredWeights | None = None  # while jobs run, theirs alone
+        self._jobs = BackgroundJobs("checkpoints")
 
     def clean(self) -> None:
-        """Remove what interrupted writes and deletions left behind."""
-        for pattern in (".writing_*", ".deleting_*"):
-            for path in self._folder.glob(pattern):
-                shutil.rmtree(path)
-        self._temporary_best.unlink(missing_ok=True)
+        """Remove what interrupted writes and deletions left behind; a checkpoint about to be replaced comes back."""
+        for path in self._folder.glob(f"{_REPLACED}*"):
+            final = path.with_name(path.name.removeprefix(_REPLACED))
+            if not final.exists():
+                path.rename(final)
+        for path in _leftovers(self._folder):
+            shutil.rmtree(path)
 
-    def last(self) -> Path | None:
-        """Newest checkpoint by name, not verified."""
-        return max(self._all(), default=None)
+    def save(self, step: int, state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+        """Copy the state, then write a checkpoint and rotate in the background.
 
-    def save(self, step: int, state: Mapping[str, Any], progress: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and rotate.
+        Waits for the checkpoint before it, so that no more than one copy lies in memory.
 
         Args:
             step: names the checkpoint.
@@ -67,57 +75,70 @@ class CheckpointStore:
             progress: plain values, kept as readable JSON.
 
         Raises:
-            InputError: if it cannot be written, for instance on a full disk; the earlier checkpoints are untouched.
+            InputError: if an earlier write failed, for instance on a full disk; what was whole before it still is.
         """
-        final = self._folder / f"step_{step:08d}"
-        temporary = self._folder / f".writing_{final.name}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            self._write(temporary, step, state, progress)
-            if final.exists():
-                self._discard(final)
-            os.rename(temporary, final)
-            sync_folder(self._folder)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise self._write_error(error, final) from error
-        for old in sorted(self._all())[: -self._keep]:
-            self._discard(old)
-        return final
+        self._after("checkpoint")
+        text = json.dumps(dict(progress), indent=2).encode()
+        self._jobs.start("checkpoint", partial(self._write, step, host_copy(dict(state)), text))
 
     def save_best(self, model: nn.Module) -> None:
-        """Replace the best weights, atomically.
+        """Copy the weights, then replace the best ones in the background, atomically.
 
         Raises:
-            InputError: if they cannot be written; the earlier ones are untouched.
+            InputError: as `save`.
         """
-        try:
-            save_model(model, str(self._temporary_best))
-            sync_file(self._temporary_best)
-            os.replace(self._temporary_best, self.best_path)
-            sync_folder(self._folder)
-        except (OSError, SafetensorError) as error:
-            self._temporary_best.unlink(missing_ok=True)
-            raise self._write_error(error, self.best_path) from error
+        self._after("best")
+        weights = {name: value.contiguous() for name, value in host_copy(model.state_dict()).items()}
+        self._jobs.start("best", partial(self._write_best, weights))
+
+    def raise_failure(self) -> None:
+        """Raise the error of a write that failed; does not wait."""
+        self._jobs.raise_failure()
+
+    def wait(self) -> None:
+        """Wait until everything is on the disk.
+
+        Raises:
+            InputError: as `save`.
+        """
+        self._after(None)
+
+    def close(self) -> None:
+        """Let what is being written end; belongs into a `finally`.
+
+        Raises:
+            InputError: of a write that failed, unless it was raised before.
+        """
+        self._jobs.close()
+
+    def last(self) -> Path | None:
+        """Newest whole checkpoint, once what is being written is there; reads it to find out."""
+        self._jobs.settle()
+        return _newest_whole(self._folder)[0]
 
     def load_best(self, model: nn.Module) -> None:
-        """Put the best weights into a model of the same shape."""
-        load_model(model, self.best_path)
+        """Put the best weights into a model of the same shape, once they are written.
+
+        Raises:
+            InputError: as `save`, or if their file was changed since.
+        """
+        self.wait()
+        if self._best is not None:  # only the process that saves knows them
+            self._best.require(file_sha256(self._best_path))
+        model.load_state_dict(load_file(self._best_path))
 
     def read(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """`state` and `progress` of a checkpoint that `choose` returned, on the CPU."""
-        state = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
-        return state, json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
+        return read_checkpoint(checkpoint)
 
     def adopt_best(self, checkpoint: Path | None) -> None:
         """Go back to the best weights that a checkpoint carries; None for the start, where there are none."""
         if checkpoint is None or not (checkpoint / BEST).exists():
-            self.best_path.unlink(missing_ok=True)
+            self._best_path.unlink(missing_ok=True)
+            self._best = None
             return
-        _link(checkpoint / BEST, self._temporary_best)
-        os.replace(self._temporary_best, self.best_path)
-        self._temporary_best.unlink(missing_ok=True)  # replacing a name of a file by another of it leaves both
+        with self._replacing_best() as temporary:
+            copy_synced(checkpoint / BEST, temporary)
 
     def choose(self, resume: str | None, *, discard_newer: bool, say: Callable[[str], None]) -> Path | None:
         """The checkpoint to continue from, verified; None for a fresh start.
@@ -125,17 +146,17 @@ class CheckpointStore:
         Args:
             resume: None, "auto", or the path of a checkpoint or of a run folder.
             discard_newer: allow continuing from an older checkpoint of this run; the newer ones are removed.
-            say: told what was chosen, what was skipped and why.
+            say: told what was skipped and why.
 
         Raises:
-            InputError: if the path holds no whole checkpoint, if no checkpoint of the run is whole, or if newer ones
-                would have to be removed.
+            InputError: if the path holds no whole checkpoint, if no checkpoint of the run is whole, if newer ones would
+                have to be removed, or if a newer version of the library wrote it.
         """
         if resume is None:
             return None
         if resume != "auto":
             return self._choose_path(Path(resume), discard_newer)
-        chosen, damaged = self._newest_whole(self._folder, say)
+        chosen, damaged = _newest_whole(self._folder, say)
         if chosen is None and damaged:
             raise InputError(
                 f"{self._folder} holds {len(damaged)} checkpoints and none is whole (see the warnings above). "
@@ -144,12 +165,12 @@ class CheckpointStore:
         if chosen is None:
             say(f"--resume auto: no checkpoint in {self._folder}, starting from the beginning")
         for path in damaged:
-            self._discard(path)
+            _discard(path)
         return chosen
 
     def _choose_path(self, path: Path, discard_newer: bool) -> Path:
         if (path / "checkpoints").is_dir():
-            whole = self._newest_whole(path / "checkpoints", lambda line: None)[0]
+            whole = _newest_whole(path / "checkpoints")[0]
             if whole is None:
                 raise InputError(f"--resume {path}: that run has no whole checkpoint.")
             path = whole
@@ -157,97 +178,115 @@ class CheckpointStore:
             verify(path)
         except DamagedCheckpointError as error:
             raise InputError(f"--resume {path}: not a whole checkpoint ({error}). Choose another one.") from error
-        newer = [
-            other for other in self._all() if path.parent.resolve() == self._folder.resolve() and other.name > path.name
-        ]
+        own = {other.resolve(): other for other in _checkpoints(self._folder)}
+        newer = [other for other in own.values() if path.resolve() in own and _step(other) > _step(path)]
         if newer and not discard_newer:
             raise InputError(
-                f"--resume {path}: the run went on to {max(newer).name}. Use --resume auto to continue from there, or "
+                f"--resume {path}: the run went on to {newer[-1].name}. Use --resume auto to continue from there, or "
                 "add --overwrite to remove the later checkpoints."
             )
         for other in newer:
-            self._discard(other)
+            _discard(other)
         return path
 
-    def _newest_whole(self, folder: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
-        damaged: list[Path] = []
-        for path in sorted(folder.glob("step_*"), reverse=True):
-            try:
-                verify(path)
-            except DamagedCheckpointError as error:
-                say(f"warning: skipping the damaged checkpoint {path}: {error}")
-                damaged.append(path)
-            else:
-                return path, damaged
-        return None, damaged
+    def _after(self, kind: str | None) -> None:
+        """Wait for the jobs of a kind, or for all, and raise what failed."""
+        self._jobs.settle(kind)
+        self._jobs.raise_failure()
 
-    def _write(self, folder: Path, step: int, state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        digests = {
-            _STATE: write_synced(folder / _STATE, buffer.getbuffer()),
-            _PROGRESS: write_synced(folder / _PROGRESS, json.dumps(dict(progress), indent=2).encode()),
-        }
-        if self.best_path.exists():
-            _link(self.best_path, folder / BEST)
-            digests[BEST] = file_sha256(folder / BEST)
-        manifest = {"format": _FORMAT, "step": step, "sha256": digests}
-        write_synced(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
-        sync_folder(folder)
+    def _write(self, step: int, state: Mapping[str, Any], progress: bytes) -> None:
+        final = self._folder / f"step_{step:08d}"
+        temporary = final.with_name(f"{_WRITING}{final.name}")
+        try:
+            temporary.mkdir()
+            write_checkpoint(temporary, step=step, state=state, progress=progress, best=self._best)
+            _move(temporary, final)
+            for old in _checkpoints(self._folder)[: -self._keep]:
+                _discard(old)
+        except OSError as error:
+            raise self._write_error(error, final) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write_best(self, weights: dict[str, Tensor]) -> None:
+        with self._replacing_best() as temporary:
+            save_file(weights, temporary)
+            sync_file(temporary)
+
+    @contextmanager
+    def _replacing_best(self) -> Iterator[Path]:
+        """A path that holds the best weights once the block has written it through to the disk."""
+        folder = self._folder / f"{_WRITING}best"  # where safetensors has a temporary file of its own, too
+        try:
+            folder.mkdir()
+            yield folder / BEST
+            written = StoredWeights(self._best_path, file_sha256(folder / BEST))
+            os.replace(folder / BEST, self._best_path)
+            sync_folder(self._folder)
+            self._best = written
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+            raise self._write_error(error, self._best_path) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _write_error(self, error: Exception, path: Path) -> InputError:
-        last = self.last()
+        last = _newest_whole(self._folder)[0]
         kept = f"The last whole checkpoint is {last}." if last else "There is no earlier checkpoint."
         return InputError(
-            f"could not write {path}: {disk_problem(error) or error}. {kept} Free space, then --resume auto."
+            f"could not write {path}: {disk_problem(error) or error}. {kept} Free space or make the folder writable, "
+            "then --resume auto."
         )
-
-    def _discard(self, path: Path) -> None:
-        """Remove a checkpoint; interrupted, it is a leftover rather than a damaged checkpoint."""
-        doomed = path.with_name(f".deleting_{path.name}")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
-
-    def _all(self) -> list[Path]:
-        return list(self._folder.glob("step_*"))
-
-
-def verify(checkpoint: Path) -> None:
-    """Compare every file of a checkpoint with its manifest.
-
-    Raises:
-        DamagedCheckpointError: if the folder or a file is missing, changed or of a newer format.
-    """
-    try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-        version, digests = manifest["format"], dict(manifest["sha256"])
-    except OSError as error:
-        raise DamagedCheckpointError(f"{_MANIFEST}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{_MANIFEST} is not readable") from error
-    if version != _FORMAT:
-        raise DamagedCheckpointError(f"format {version}, this version reads format {_FORMAT}")
-    for name, digest in digests.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{name} is missing")
-        if file_sha256(path) != digest:
-            raise DamagedCheckpointError(f"{name} was truncated or changed")
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove every checkpoint and the best weights from a folder, and nothing else."""
-    for pattern in ("step_*", ".writing_*", ".deleting_*"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
+    for path in [*_checkpoints(folder), *_leftovers(folder)]:
+        shutil.rmtree(path)
     for path in folder.glob(f"*{BEST}*"):
         path.unlink()
 
 
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file that is only ever replaced, never changed; a copy where links are not possible."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _newest_whole(folder: Path, say: Callable[[str], None] = lambda line: None) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that verifies, and the damaged ones that are newer."""
+    damaged: list[Path] = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            verify(path)
+        except DamagedCheckpointError as error:
+            say(f"warning: skipping the damaged checkpoint {path}: {error}")
+            damaged.append(path)
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All by step, whole or not."""
+    folders = (path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(folders, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    return [path for prefix in (_WRITING, _REPLACED, _DELETING) for path in folder.glob(f"{prefix}*")]
+
+
+def _move(temporary: Path, final: Path) -> None:
+    """Give a written checkpoint its name, durably; one that has the name already goes, or comes back after a crash."""
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; interrupted, it is a leftover rather than a damaged checkpoint."""
+    doomed = path.with_name(f"{_DELETING}{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

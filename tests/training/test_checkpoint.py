@@ -1,16 +1,18 @@
 import json
 import os
-import resource
-import signal
-from contextlib import contextmanager
+import shutil
+import threading
 
 import pytest
 import torch
 from torch import nn
 
+import training.checkpoint
 from data.schemas import InputError
+from tests.training.small_disks import small_disk, small_files
 from tests.training.tiny import LinearTask, train_tiny, weights
-from training.checkpoint import CheckpointStore, DamagedCheckpointError, verify
+from training.checkpoint import CheckpointStore
+from training.checkpoint_files import verify, write_checkpoint
 
 
 def names(folder):
@@ -23,7 +25,24 @@ def store(tmp_path):
 
 
 def save(store, *steps):
-    return [store.save(step, {"w": torch.full((4,), float(step))}, {"step": step}) for step in steps]
+    """Save, one after the other; paths of the checkpoints."""
+    saved = []
+    for step in steps:
+        store.save(step, {"w": torch.full((4,), float(step))}, {"step": step})
+        saved.append(store.last())
+    return saved
+
+
+def model_of(value):
+    model = nn.Linear(100, 100)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def best_of(store):
+    model = model_of(-1.0)
+    store.load_best(model)
+    return model.weight.detach()[0, 0].item()
 
 
 def test_newest_are_kept_and_verify(store, tmp_path):
@@ -36,34 +55,75 @@ def test_newest_are_kept_and_verify(store, tmp_path):
     assert progress == {"step": 15}
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: os.truncate(path / "state.pt", 100), "state.pt was truncated or changed"),
-        (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
-        (lambda path: (path / "progress.json").write_text("{}"), "progress.json was truncated or changed"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 1'), "manifest.json is not readable"),
-        (lambda path: (path / "manifest.json").unlink(), "manifest.json: No such file"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 2, "sha256": {}}'), "format 2, this version"),
-    ],
-)
-def test_damaged_checkpoints_are_skipped_with_a_warning(store, tmp_path, damage, message):
-    older, newer = save(store, 5, 10)
-    damage(newer)
-    with pytest.raises(DamagedCheckpointError, match=message):
-        verify(newer)
-    said = []
-    assert store.choose("auto", discard_newer=False, say=said.append) == older
-    assert len(said) == 1
-    assert f"skipping the damaged checkpoint {newer}: {message}" in said[0]
+def test_newest_is_by_number_and_other_names_are_left_alone(store, tmp_path):
+    for name in ("step_00000007", "step_notes"):
+        (tmp_path / name).write_text("mine")
+    _, newer = save(store, 99_999_999, 100_000_000)
+    assert newer.name == "step_100000000"
+    assert store.choose("auto", discard_newer=False, say=print) == newer
+    save(store, 100_000_001)
+    assert names(tmp_path) == ["step_00000007", "step_100000000", "step_100000001", "step_notes"]
+
+
+class Held:
+    """Writes of checkpoints that wait until they may go on."""
+
+    def __init__(self, monkeypatch):
+        self.began, self.may_write, self.states = threading.Event(), threading.Event(), []
+        monkeypatch.setattr(training.checkpoint, "write_checkpoint", self.write)
+
+    def write(self, folder, **content):
+        self.began.set()
+        assert self.may_write.wait(10)
+        self.states.append(content["state"]["w"].tolist())
+        write_checkpoint(folder, **content)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(store, tmp_path, monkeypatch):
+    held = Held(monkeypatch)
+    w = torch.ones(2)
+    store.save(5, {"w": w}, {})
+    w += 1
+    assert held.began.wait(10)
+    assert names(tmp_path) == [".writing_step_00000005"]
+    store.raise_failure()
+    held.may_write.set()
+    store.wait()
+    assert held.states == [[1.0, 1.0]]
     assert names(tmp_path) == ["step_00000005"]
 
 
-def test_a_single_flipped_bit_is_found(store, tmp_path):
+def test_a_checkpoint_waits_for_the_one_before(store, monkeypatch):
+    held = Held(monkeypatch)
+    store.save(5, {"w": torch.ones(1)}, {})
+    threading.Timer(0.05, held.may_write.set).start()
+    store.save(10, {"w": torch.ones(1)}, {})
+    assert held.states[0] == [1.0]
+    store.close()
+    assert store.last().name == "step_00000010"
+
+
+def test_training_draws_the_same_numbers_while_a_checkpoint_is_written(store):
+    torch.manual_seed(1)
+    alone = torch.rand(4)
+    torch.manual_seed(1)
+    save(store, 5)
+    torch.testing.assert_close(torch.rand(4), alone, rtol=0, atol=0)
+
+
+def test_damaged_checkpoints_are_skipped_with_a_warning(store, tmp_path):
+    older, newer = save(store, 5, 10)
+    os.truncate(newer / "state.pt", 100)
+    assert store.last() == older
+    said = []
+    assert store.choose("auto", discard_newer=False, say=said.append) == older
+    assert said == [f"warning: skipping the damaged checkpoint {newer}: state.pt was truncated or changed"]
+    assert names(tmp_path) == ["step_00000005"]
+
+
+def test_a_run_of_damaged_checkpoints_alone_is_refused_and_kept(store, tmp_path):
     (checkpoint,) = save(store, 5)
-    data = bytearray((checkpoint / "state.pt").read_bytes())
-    data[len(data) // 2] ^= 1
-    (checkpoint / "state.pt").write_bytes(data)
+    os.truncate(checkpoint / "state.pt", 100)
     with pytest.raises(InputError, match="holds 1 checkpoints and none is whole"):
         store.choose("auto", discard_newer=False, say=lambda line: None)
     assert checkpoint.exists()
@@ -84,72 +144,169 @@ def test_resuming_an_older_checkpoint_never_drops_newer_ones_silently(store, tmp
     assert names(tmp_path) == ["step_00000005"]
 
 
+def test_a_copy_of_a_checkpoint_elsewhere_drops_nothing(store, tmp_path):
+    older, newer = save(store, 5, 10)
+    shutil.copytree(older, tmp_path / "elsewhere/mine")
+    assert store.choose(str(tmp_path / "elsewhere/mine"), discard_newer=True, say=print).name == "mine"
+    assert newer.exists()
+
+
 def test_a_path_that_is_no_checkpoint(store, tmp_path):
     with pytest.raises(InputError, match=r"--resume .*nowhere: not a whole checkpoint \(manifest.json: No such file"):
         store.choose(str(tmp_path / "nowhere"), discard_newer=False, say=print)
 
 
 def test_best_weights_travel_with_the_checkpoint(store, tmp_path):
-    model = nn.Linear(2, 2)
-    store.save_best(model)
-    best_then = model.weight.detach().clone()
+    store.save_best(model_of(1.0))
     (checkpoint,) = save(store, 5)
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    store.save_best(model)
+    store.save_best(model_of(2.0))
+    assert best_of(store) == 2.0
     store.adopt_best(checkpoint)
-    store.load_best(model)
-    torch.testing.assert_close(model.weight.detach(), best_then)
+    assert best_of(store) == 1.0
     verify(checkpoint)
     store.adopt_best(None)
     assert names(tmp_path) == ["step_00000005"]
 
 
+def test_damage_to_the_best_weights_of_one_checkpoint_leaves_the_other_whole(store):
+    store.save_best(model_of(1.0))
+    older, newer = save(store, 5, 10)
+    with (newer / "best.safetensors").open("r+b") as file:
+        file.write(b"\xff")
+    assert store.last() == older
+    assert best_of(store) == 1.0
+
+
+def test_best_weights_that_changed_on_the_disk_are_not_loaded(store, tmp_path):
+    store.save_best(model_of(1.0))
+    store.wait()
+    with (tmp_path / "best.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(InputError, match=r"best.safetensors was changed after it was written"):
+        best_of(store)
+
+
 def test_leftovers_of_a_crash_are_removed(store, tmp_path):
     (tmp_path / ".writing_step_00000005").mkdir()
     (tmp_path / ".deleting_step_00000001").mkdir()
+    (tmp_path / ".writing_best").mkdir()
+    (tmp_path / ".writing_best/best.safetensors").touch()
     (tmp_path / "notes.txt").write_text("mine")
     store.clean()
     assert names(tmp_path) == ["notes.txt"]
 
 
-@contextmanager
-def small_files():
-    """No file may grow past 4 KiB, as on a disk that is full.
+def test_a_checkpoint_comes_back_if_a_crash_met_its_replacement(store, tmp_path, monkeypatch):
+    """The same step is saved again when a run that was stopped before an evaluation goes on."""
+    (checkpoint,) = save(store, 5)
+    rename = os.rename
 
-    Left before the test ends: pytest's own output may be a longer file.
-    """
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    def crash(source, target):
+        if source.name.startswith(".writing_"):
+            raise MemoryError
+        rename(source, target)
 
-
-def test_full_disk_leaves_the_previous_checkpoint_whole(store, tmp_path):
-    (older,) = save(store, 5)
-    full = pytest.raises(InputError, match=r"could not write .*step_00000010: the file size limit is reached")
-    with full as caught, small_files():
-        store.save(10, {"w": torch.zeros(100_000)}, {})
-    assert f"The last whole checkpoint is {older}." in str(caught.value)
+    monkeypatch.setattr(os, "rename", crash)
+    store.save(5, {"w": torch.zeros(1)}, {"step": 5})
+    with pytest.raises(MemoryError):
+        store.wait()
+    monkeypatch.undo()
+    assert names(tmp_path) == [".replaced_step_00000005"]
+    (tmp_path / ".writing_step_00000005").mkdir()
+    store = CheckpointStore(tmp_path, keep=2)
+    store.clean()
     assert names(tmp_path) == ["step_00000005"]
+    verify(checkpoint)
+    (tmp_path / ".replaced_step_00000005").mkdir()
+    store.clean()
+    assert names(tmp_path) == ["step_00000005"]
+    store.save(5, {"w": torch.zeros(1)}, {"step": 5, "again": True})
+    assert store.read(store.last())[1]["again"]
+    assert names(tmp_path) == ["step_00000005"]
+
+
+def test_a_quota_leaves_the_previous_checkpoint_whole(store, tmp_path):
+    store.save_best(model_of(1.0))
+    (older,) = save(store, 5)
+    with small_files():
+        store.save(10, {"w": torch.zeros(100_000)}, {})
+        with pytest.raises(InputError, match=r"could not write .*step_00000010: the file size limit") as caught:
+            store.wait()
+    assert f"The last whole checkpoint is {older}." in str(caught.value)
+    assert names(tmp_path) == ["best.safetensors", "step_00000005"]
     verify(older)
 
 
-def test_full_disk_leaves_the_previous_best_whole(store, tmp_path):
-    model = nn.Linear(100, 100)
-    store.save_best(model)
-    best = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.zero_()
-    with pytest.raises(InputError, match=r"could not write .*best.safetensors"), small_files():
-        store.save_best(model)
-    store.load_best(model)
-    torch.testing.assert_close(model.weight.detach(), best)
+def test_a_quota_leaves_the_previous_best_weights_whole(store, tmp_path):
+    store.save_best(model_of(1.0))
+    store.wait()
+    with small_files():
+        store.save_best(model_of(2.0))
+        with pytest.raises(InputError, match=r"could not write .*best.safetensors: .*File too large"):
+            store.wait()
+    assert best_of(CheckpointStore(tmp_path, keep=2)) == 1.0
     assert names(tmp_path) == ["best.safetensors"]
+
+
+def test_nothing_is_written_after_a_failure(store, tmp_path):
+    """A checkpoint must not be paired with other best weights than those it counts on."""
+    with small_files():
+        store.save_best(model_of(1.0))
+        store.last()
+    with pytest.raises(InputError, match=r"could not write .*best.safetensors"):
+        store.save(5, {}, {"best_step": 5})
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_leaves_what_was_there_whole(tmp_path):
+    with small_disk(tmp_path, 1_000_000) as disk:
+        store = CheckpointStore(tmp_path, keep=2)
+        store.save_best(model_of(1.0))
+        (older,) = save(store, 5)
+        disk.fill(but=20_000)
+        store.save(10, {"w": torch.zeros(9000)}, {})
+        with pytest.raises(InputError, match=r"could not write .*step_00000010: the disk is full") as caught:
+            store.close()
+        assert f"The last whole checkpoint is {older}." in str(caught.value)
+        assert names(tmp_path) == ["best.safetensors", "filler", "step_00000005"]
+        disk.empty()
+        store = CheckpointStore(tmp_path, keep=2)
+        assert store.choose("auto", discard_newer=False, say=print) == older
+        store.adopt_best(older)
+        save(store, 10)
+        assert store.last().name == "step_00000010"
+
+
+def test_a_full_disk_leaves_the_best_weights_whole(tmp_path):
+    with small_disk(tmp_path, 1_000_000) as disk:
+        store = CheckpointStore(tmp_path, keep=2)
+        store.save_best(model_of(1.0))
+        (checkpoint,) = save(store, 5)
+        disk.fill(but=20_000)
+        store.save_best(model_of(2.0))
+        with pytest.raises(InputError, match=r"could not write .*best.safetensors: .*No space left"):
+            store.wait()
+        store = CheckpointStore(tmp_path, keep=2)
+        with pytest.raises(InputError, match=r"could not write .*best.safetensors: the disk is full"):
+            store.adopt_best(checkpoint)
+        assert names(tmp_path) == ["best.safetensors", "filler", "step_00000005"]
+        assert best_of(store) == 1.0
+
+
+def test_a_read_only_folder_is_one_clear_error(tmp_path):
+    with small_disk(tmp_path, 1_000_000) as disk:
+        (older,) = save(CheckpointStore(tmp_path, keep=2), 5)
+        disk.forbid_writing()
+        store = CheckpointStore(tmp_path, keep=2)
+        store.save_best(model_of(1.0))
+        with pytest.raises(InputError, match=r"could not write .*best.safetensors: the file system is read-only"):
+            store.wait()
+        store = CheckpointStore(tmp_path, keep=2)
+        store.save(10, {}, {})
+        with pytest.raises(InputError, match=r"could not write .*step_00000010: the file system is read-only"):
+            store.wait()
+        assert store.last() == older
 
 
 def test_training_goes_on_from_the_whole_checkpoint_after_damage(tmp_path, capsys):
@@ -168,9 +325,25 @@ def test_training_goes_on_from_the_whole_checkpoint_after_damage(tmp_path, capsy
     assert steps == [5, 10, 10, 15, 20, 20]
 
 
+def test_training_ends_at_a_full_disk_and_goes_on_once_there_is_space(tmp_path):
+    whole = LinearTask()
+    train_tiny(tmp_path / "whole", whole)
+    (tmp_path / "disk").mkdir()
+    with small_disk(tmp_path / "disk", 1_000_000) as disk:
+        run = disk.folder / "run"
+        train_tiny(run, LinearTask(), num_steps=10)
+        disk.fill(but=24_000)
+        with pytest.raises(InputError, match=r"checkpoints/step_00000015: the disk is full. The last whole .*00000010"):
+            train_tiny(run, LinearTask(), resume="auto")
+        disk.empty()
+        resumed = LinearTask()
+        train_tiny(run, resumed, resume="auto")
+        checkpoints = names(run / "checkpoints")
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    assert checkpoints == ["best.safetensors", *(f"step_{step:08d}" for step in (5, 10, 15, 20))]
+
+
 def test_resuming_leaves_no_second_name_of_the_best_weights(tmp_path):
-    """Replacing a hard link by another one of the same file does nothing, and keeps both names."""
     train_tiny(tmp_path, LinearTask())
-    (tmp_path / "checkpoints/.best.safetensors.tmp").write_bytes(b"cut short by a crash")
     train_tiny(tmp_path, LinearTask(), resume="auto")
     assert names(tmp_path / "checkpoints") == ["best.safetensors", *(f"step_{step:08d}" for step in (5, 10, 15, 20))]
