@@ -16,7 +16,7 @@ from data.schemas import InputError
 from ops import describe_backend
 from training.gin_config import clear_config, load_config, plain_message
 from training.interrupt import EXIT_CODE, termination_interrupts
-from training.processes import leave_together, uses_cuda
+from training.processes import leave_after_error, leave_together, lost_process, process_state, uses_cuda
 from training.run_folder import RunOptions
 
 __all__ = ["RunOptions", "main", "run_cli"]
@@ -35,7 +35,9 @@ def main(train: Callable[..., object], script: str, argv: Sequence[str] | None =
     Returns:
         The exit code.
     """
-    return run_cli(lambda arguments: _train(train, script, arguments), sys.argv[1:] if argv is None else argv)
+    return leave_after_error(
+        run_cli(lambda arguments: _train(train, script, arguments), sys.argv[1:] if argv is None else argv)
+    )
 
 
 def run_cli(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
@@ -65,8 +67,12 @@ def run_cli(command: Callable[[Sequence[str]], int | None], argv: Sequence[str])
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return EXIT_CODE
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        lost = lost_process(error)
+        if lost is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {lost}", file=sys.stderr)
         return 1
 
 
@@ -88,13 +94,17 @@ def _train(train: Callable[..., object], script: str, argv: Sequence[str]) -> in
         if arguments.print_config:
             print(config.operative_config(), end="")
             return 0
+        process_state()
         describe_backend("cuda" if uses_cuda() else "cpu")  # refuses an impossible OPS_BACKEND before any work
         train(
             options=RunOptions(
                 resume=arguments.resume,
                 overwrite=arguments.overwrite,
+                allow_changes=arguments.allow_changes,
+                dry_run=arguments.dry_run,
+                profile=arguments.profile,
                 config_text=config.text,
-                operative_config=config.operative_config(),
+                settings=config.settings,
                 command=shlex.join(["python", f"{script}.py", *argv]),
             )
         )
@@ -113,5 +123,8 @@ def _parser(script: str) -> argparse.ArgumentParser:
     parser.add_argument("configs", nargs="+", metavar="CONFIG.gin", help="later files win")
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the newest whole checkpoint, or from one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
+    parser.add_argument("--allow-changes", action="store_true", help="resume with other settings than the run had")
+    parser.add_argument("--dry-run", action="store_true", help="two steps, an evaluation, a checkpoint; touches no run")
+    parser.add_argument("--profile", type=int, metavar="N", help="show where the time of N steps goes; touches no run")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, then leave")
     return parser

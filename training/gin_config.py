@@ -13,6 +13,7 @@ What a config may say, beyond plain gin:
   strings mean what they mean in a file.
 """
 
+import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import gin
 from data.schemas import InputError
 from training import gin_registry as registry
 from training.annotations import MismatchError, conform, describe, mistake
+from training.config_changes import DEFAULT, Setting, settings_text
 from training.gin_registry import register, short_name, written
 from training.gin_syntax import (
     COMMAND_LINE,
@@ -32,17 +34,25 @@ from training.gin_syntax import (
     Reference,
     Statement,
     closest,
-    is_value,
     leaves,
     map_leaves,
 )
 
-__all__ = ["LoadedConfig", "Setting", "clear_config", "load_config", "plain_message", "register"]
+__all__ = ["LoadedConfig", "clear_config", "config_in_force", "load_config", "plain_message", "register"]
+
+_in_force: "LoadedConfig | None" = None
 
 
 def clear_config() -> None:
     """Forget every value that was loaded, and allow new configurables to be registered."""
+    global _in_force
+    _in_force = None
     gin.clear_config()
+
+
+def config_in_force() -> "LoadedConfig | None":
+    """The config that was loaded last, to hand its `apply` to processes that are started; None without one."""
+    return _in_force
 
 
 def plain_message(error: BaseException) -> str:
@@ -51,33 +61,37 @@ def plain_message(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One parameter of the run: `name = value`, and where that value comes from ("default" if nobody set it)."""
-
-    name: str
-    value: str
-    origin: str
-
-
-@dataclass(frozen=True)
 class LoadedConfig:
-    """A config that is valid and in force.
+    """A config that is valid and in force. It can be pickled, to be applied in another process.
 
     Attributes:
         text: what was given, includes inlined and overrides appended; a valid config by itself.
         settings: every parameter of everything the config reaches, defaults included.
+        script: module name of the running script.
+        supplied: parameters of its function that a config must not set.
     """
 
     text: str
     settings: tuple[Setting, ...]
+    script: str
+    supplied: tuple[str, ...]
 
     def operative_config(self) -> str:
         """Every parameter in use as a valid config, each line followed by where its value comes from."""
-        lines = []
-        for setting in self.settings:
-            line = f"{setting.name} = {setting.value}  # {setting.origin}"
-            lines.append(line if is_value(setting.value) else f"# {line}")
-        return "\n".join(lines) + "\n"
+        return settings_text(self.settings)
+
+    def apply(self, _worker: int = 0) -> None:
+        """Put the values in force in this process: what gin knows does not reach processes that are spawned.
+
+        Whatever starts them takes it as it is: `ProcessPoolExecutor(initializer=config.apply)`, or
+        `DataLoader(worker_init_fn=config.apply)`, which passes the worker's number.
+        """
+        clear_config()
+        if not registry.matching(f"{self.script}.train"):
+            importlib.import_module(self.script)
+        reader = ConfigReader()
+        reader.read_text(self.text)
+        _put_in_force(reader, self.script, self.supplied)
 
 
 def load_config(
@@ -100,11 +114,17 @@ def load_config(
         reader.read_file(Path(path))
     for override in overrides:
         reader.read_override(override)
+    return _put_in_force(reader, script, tuple(supplied))
+
+
+def _put_in_force(reader: ConfigReader, script: str, supplied: tuple[str, ...]) -> LoadedConfig:
+    global _in_force
     resolver = _Resolver(f"{script}.train", frozenset(supplied))
     config = _Config(resolver, [resolver.resolve(statement) for statement in reader.statements])
     config.check()
     config.bind()
-    return LoadedConfig(reader.text, tuple(config.settings()))
+    _in_force = LoadedConfig(reader.text, tuple(config.settings()), script, supplied)
+    return _in_force
 
 
 @dataclass(frozen=True)
@@ -239,19 +259,34 @@ class _Config:
 
     def settings(self) -> Iterator[Setting]:
         """Every parameter of every call that the values in force lead to."""
-        for call in self._calls():
+        for call, functions in self._users().items():
             for name, parameter in self._resolver.parameters(call.selector).items():
                 winner = self._winner(call, name)
                 if winner is None and not registry.has_default(parameter):
                     continue
-                value = parameter.default if winner is None else self._expand(winner)
+                value = self._expand(winner) if winner else registry.default(call.selector, parameter)
                 complete = "/".join([*call.scopes, f"{short_name(call.selector)}.{name}"])
-                yield Setting(complete, written(value), winner.origin if winner else "default")
+                origin = self._origin(winner) if winner else DEFAULT
+                yield Setting(complete, written(value), origin, tuple(functions))
 
-    def _calls(self) -> list[_Call]:
-        """Every call of the running script's function, and of other functions that the config has values for."""
-        functions = [_Call((), key[1]) for key in self._values if not key[0] and not registry.is_class(key[1])]
-        return self._reach([_Call((), self._resolver.entry), *functions])
+    def _users(self) -> dict[_Call, list[str]]:
+        """Every call that the values in force lead to, with the functions from which it is reached."""
+        users: dict[_Call, list[str]] = {}
+        for function in self._functions():
+            for call in self._reach([function]):
+                users.setdefault(call, []).append(function.selector)
+        return users
+
+    def _functions(self) -> list[_Call]:
+        """The running script's function, and other functions that the config has values for."""
+        set_ = [_Call((), key[1]) for key in self._values if not key[0] and not registry.is_class(key[1])]
+        return list(dict.fromkeys([_Call((), self._resolver.entry), *set_]))
+
+    def _origin(self, statement: Statement) -> str:
+        """Where a value was written, and where the macros in it were."""
+        names = [leaf.name for leaf in leaves(statement.value) if isinstance(leaf, Macro)]
+        macros = [f", %{name} from {self._origin(self._macros[name])}" for name in dict.fromkeys(names)]
+        return statement.origin + "".join(macros)
 
     def _name(self, statement: Statement) -> str:
         if statement.is_macro:
@@ -328,7 +363,7 @@ class _Config:
 
     def _check_overrides_win(self) -> None:
         """A value from the command line must not lose everywhere to values of the config that name a scope."""
-        calls = self._calls()
+        calls = self._reach(self._functions())
         for (_, selector, parameter), statement in self._values.items():
             if statement.origin != COMMAND_LINE:
                 continue

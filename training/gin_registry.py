@@ -6,7 +6,7 @@ The only file that reads gin's private registry; gin-config is pinned to 0.5.
 import enum
 import inspect
 import typing
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import gin
@@ -58,6 +58,15 @@ def parameters(selector: str) -> dict[str, inspect.Parameter]:
 def has_default(parameter: inspect.Parameter) -> bool:
     """Whether a call works without a value for the parameter."""
     return parameter.default is not inspect.Parameter.empty and parameter.default is not gin.REQUIRED
+
+
+def default(selector: str, parameter: inspect.Parameter) -> Any:
+    """What a call without a value for the parameter takes; of a dataclass's field what its factory makes."""
+    wrapped = _wrapped(selector)
+    for field in fields(wrapped) if is_dataclass(wrapped) else ():
+        if field.name == parameter.name and field.default_factory is not MISSING:
+            return field.default_factory()
+    return parameter.default
 
 
 def annotation(selector: str, parameter: str) -> Any:

@@ -96,6 +96,10 @@ class ConfigReader:
         """Add a file and what it includes."""
         self.text += self._read(path, origin=COMMAND_LINE, parents=())
 
+    def read_text(self, text: str) -> None:
+        """Add what another reader has collected as `text`."""
+        self.text += self._add(Path("config.gin"), text, parents=())
+
     def read_override(self, override: str) -> None:
         """Add `NAME=VALUE` from the command line."""
         name, equals, written = override.partition("=")
@@ -109,16 +113,20 @@ class ConfigReader:
     def _read(self, path: Path, *, origin: str, parents: tuple[Path, ...]) -> str:
         if path.resolve() in parents:
             raise InputError(f"{origin}: {path} includes itself. Remove one of the includes.")
-        lines = _read_text(path, origin).splitlines(keepends=True)
+        return self._add(path, _read_text(path, origin), parents=(*parents, path.resolve()))
+
+    def _add(self, path: Path, text: str, *, parents: tuple[Path, ...]) -> str:
+        """Add the statements of a text; returns it with its includes inlined."""
+        lines = text.splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines[-1] += "\n"
         for statement in _parse(path, "".join(lines)):
             where = f"{path}:{statement.location.line_num}"
             if isinstance(statement, config_parser.IncludeStatement):
                 included = Path(os.path.normpath(path.parent / statement.filename))
-                text = self._read(included, origin=where, parents=(*parents, path.resolve()))
+                inlined = self._read(included, origin=where, parents=parents)
                 lines[statement.location.line_num - 1] = (
-                    f"# --- {included}, included here\n{text}# --- back in {path}\n"
+                    f"# --- {included}, included here\n{inlined}# --- back in {path}\n"
                 )
             elif isinstance(statement, config_parser.ImportStatement):
                 _import(statement, where)

@@ -7,37 +7,41 @@ metrics.jsonl          one object per logged step
 metrics.json           final metrics
 ranks_*.safetensors    every user's rank, of runs that rank
 checkpoints/           see checkpoint.py
+trackers/              files of W&B and TensorBoard, of runs that log there
 model/                 the artifact
 more_models/           artifacts of further data sets, of runs that train on several
-report/                plots, and of tokenizers a page
+report/                a page on the run or its tokenizer, and plots
+profile/               of --profile: a trace of the steps, and where their time went
+
+A trial, that is a dry run or a profile, has a folder of its own: SAVE_DIR_ROOT-dry-run or SAVE_DIR_ROOT-profile.
 """
 
 import json
+import logging
 import math
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
-from data.files import disk_problem, replace_file
+from data.files import clean_up, disk_problem, replace_file
 from data.schemas import InputError
 from training.checkpoint import remove_checkpoints
+from training.config_changes import Setting, SettingChange, changed_settings, read_settings, settings_text
+from training.environment import describe_environment
 from training.processes import on_main, process_state
 
 _FORMAT = 1
 _FILES = ("config.gin", "operative_config.gin", "env.json", "metrics.jsonl", "metrics.json")
-_FOLDERS = ("checkpoints", "model", "more_models", "report")
-_PACKAGES = ("torch", "triton", "accelerate", "gin-config", "numpy", "safetensors", "einops", "polars", "wandb")
+_FOLDERS = ("checkpoints", "model", "more_models", "trackers", "report", "profile")
+_LEFTOVERS = (".*.tmp", "ranks_*.part", ".tmp??????")
+"""Of `replace_file`, of `save_ranks`, of safetensors."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,48 @@ class RunOptions:
     Attributes:
         resume: None, "auto" (newest whole checkpoint of the run folder, or a fresh start), or a checkpoint's path.
         overwrite: replace the run that the folder holds.
+        allow_changes: go on with other settings than the run had.
+        dry_run: a trial of two steps, an evaluation and a checkpoint.
+        profile: a trial that measures so many steps and an evaluation.
         config_text: config as given.
-        operative_config: every parameter in use.
+        settings: every parameter in use; none of a run that was started without gin.
         command: command line.
+
+    Raises:
+        InputError: for options that contradict each other.
     """
 
     resume: str | None = None
     overwrite: bool = False
+    allow_changes: bool = False
+    dry_run: bool = False
+    profile: int | None = None
     config_text: str = ""
-    operative_config: str = ""
+    settings: tuple[Setting, ...] = ()
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.dry_run and self.profile is not None:
+            raise InputError("--dry-run and --profile are two trials; give one of them.")
+        if self.profile is not None and self.profile < 1:
+            raise InputError(f"--profile expected at least 1 step, got {self.profile}.")
+        if self.is_trial and self.resume is not None:
+            raise InputError(f"--{self.trial} starts from the beginning, in a folder of its own; remove --resume.")
+
+    @property
+    def trial(self) -> str | None:
+        """Kind of trial, "dry-run" or "profile"; None for a run in earnest."""
+        return "dry-run" if self.dry_run else None if self.profile is None else "profile"
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether this is a short run in a folder of its own, which never touches the run folder."""
+        return self.trial is not None
+
+    def of(self, script: str) -> "RunOptions":
+        """The options for one stage of several, such as "train_rqvae": only the settings that its function reads."""
+        used = tuple(setting for setting in self.settings if f"{script}.train" in setting.used_by)
+        return replace(self, settings=used)
 
 
 class RunFolder:
@@ -77,16 +113,19 @@ class RunFolder:
     ) -> "RunFolder":
         """Create the folder of a new run, or reopen that of a run to be continued.
 
+        A trial gets the folder of its kind beside `root`, and replaces the one that is there.
+
         Raises:
             InputError: if the folder holds a run that got anywhere and neither `resume` nor `overwrite` allows touching
-                it, if it holds files of those names that no run wrote, if another program is running in it, if the run
-                to continue used other data, if the folder cannot be written, or for an impossible seed.
+                it, if it holds files of those names that no run wrote, or for a trial a run in earnest, if another
+                program is running in it, if the run to continue used other data, or other settings without
+                `allow_changes`, if the folder cannot be written, or for an impossible seed.
         """
         if not 0 <= seed < 2**31:
             raise InputError(f"train.seed expected 0 to {2**31 - 1}, got {seed}.")
         if not str(root).strip():
             raise InputError("train.save_dir_root is empty. Name a folder for the run.")
-        run = cls(Path(root), options)
+        run = cls(Path(f"{Path(root)}-{options.trial}" if options.is_trial else root), options)
         on_main(lambda: run._prepare(seed, data_manifest_hash))
         return run
 
@@ -139,16 +178,16 @@ class RunFolder:
     def _prepare(self, seed: int, data_manifest_hash: str | None) -> None:
         try:
             replaces = self._claim(data_manifest_hash)
+            changes = self._accepted_changes() if self._continues() else []
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock()
+            self._clean_up()
             if replaces:
                 self._remove_run()
-            inputs = self.environment().get("inputs", {}) if self._continues() else {}
-            environment = _environment(self.options.command, seed, data_manifest_hash) | {"inputs": inputs}
-            self._write_environment(environment)
+            self._write_environment(self._new_environment(seed, data_manifest_hash, changes))
             if self.options.config_text:
                 replace_file(self.root / "config.gin", self.options.config_text)
-                replace_file(self.root / "operative_config.gin", self.options.operative_config)
+                replace_file(self.root / "operative_config.gin", settings_text(self.options.settings))
             for folder in (self.checkpoints, self.report):
                 folder.mkdir(exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -164,6 +203,27 @@ class RunFolder:
                 f"cannot write the run folder {self.root}: {problem}. Set train.save_dir_root to a writable folder."
             ) from error
 
+    def _new_environment(
+        self, seed: int, data_manifest_hash: str | None, changes: list[SettingChange]
+    ) -> dict[str, Any]:
+        """What env.json says from now on; of a run that goes on it keeps the inputs and the changed settings."""
+        before = self.environment() if self._continues() else {}
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        return {
+            "run_format": _FORMAT,
+            "started": started,
+            "command": self.options.command,
+            "trial": self.options.trial,
+            "seed": seed,
+            "data_manifest_hash": data_manifest_hash,
+            **describe_environment(),
+            "inputs": before.get("inputs", {}),
+            "changes": [
+                *before.get("changes", []),
+                *({"started": started, **asdict(change)} for change in changes),
+            ],
+        }
+
     def _write_environment(self, environment: Mapping[str, Any]) -> None:
         replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n")
 
@@ -177,6 +237,15 @@ class RunFolder:
                 "another folder."
             ) from None
 
+    def _clean_up(self) -> None:
+        """Remove what a killed program left while it wrote; an artifact that was about to be replaced comes back."""
+        names = {path.name[1:].rsplit(".", 1)[0] for path in self.more_models.glob(".*.*-*")}
+        for folder in (self.model, *(self.more_models / name for name in names)):
+            clean_up(folder)
+        for pattern in _LEFTOVERS:
+            for path in (*self.root.glob(pattern), *self.report.glob(pattern)):
+                path.unlink()
+
     def _claim(self, data_manifest_hash: str | None) -> bool:
         """Whether what the folder holds is to be removed; InputError where this run may not have the folder."""
         present = [name for name in (*_FILES, *_FOLDERS) if (self.root / name).exists()]
@@ -188,15 +257,30 @@ class RunFolder:
                 f"{self.root} holds {', '.join(present)} but no run wrote it (env.json is missing or foreign). "
                 "Set train.save_dir_root to another folder."
             )
+        self._check_kind(previous)
         if self._continues():
             self._check_same_data(previous, data_manifest_hash)
             return False
-        if self._got_anywhere() and not self.options.overwrite:
+        if self._got_anywhere() and not (self.options.overwrite or self.options.is_trial):
             raise InputError(
                 f"{self.root} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
                 "or set train.save_dir_root to another folder."
             )
         return True
+
+    def _check_kind(self, previous: dict[str, Any]) -> None:
+        """A trial replaces trials of its kind alone, and nothing goes on with a trial."""
+        there, here = previous.get("trial"), self.options.trial
+        if here is not None and there != here:
+            raise InputError(
+                f"--{here} works in {self.root}, which holds a run of another kind. Move that, or set "
+                "train.save_dir_root to another folder."
+            )
+        if there is not None and self._continues():
+            raise InputError(
+                f"{self.root} holds what --{there} left, which cannot be continued. Replace it with --overwrite, or "
+                "set train.save_dir_root to another folder."
+            )
 
     def _got_anywhere(self) -> bool:
         """Whether there is anything to lose; a run that was refused while it started leaves nothing behind."""
@@ -216,12 +300,31 @@ class RunFolder:
                 f"{data_manifest_hash[:12]}). Resume with the data it had, or start a new run elsewhere."
             )
 
+    def _accepted_changes(self) -> list[SettingChange]:
+        """How the settings differ from those with which the run came so far; InputError unless that is allowed."""
+        record = self.root / "operative_config.gin"
+        if not (self.options.settings and self._got_anywhere() and record.is_file()):
+            return []
+        before = read_settings(record.read_text(encoding="utf-8", errors="replace"))
+        changes = changed_settings(before, self.options.settings)
+        if not changes:
+            return []
+        listed = "; ".join(map(str, changes))
+        if not self.options.allow_changes:
+            raise InputError(
+                f"the run in {self.root} was trained with other settings: {listed}. Set them back, go on with the new "
+                "ones by --allow-changes, or start anew: with --overwrite of that run's own script, or in another "
+                "train.save_dir_root."
+            )
+        _log.warning("the run in %s goes on with other settings: %s", self.root, listed)
+        return changes
+
     def _remove_run(self) -> None:
         """Remove what a run writes, but env.json, which marks the folder as a run's; anything else in it stays."""
         for path in (*(self.root / name for name in _FILES), *self.root.glob("ranks_*.safetensors")):
             if path.name != "env.json":
                 path.unlink(missing_ok=True)
-        for folder in (self.model, self.more_models):
+        for folder in (self.model, self.more_models, self.root / "trackers", self.root / "profile"):
             if folder.is_dir():
                 shutil.rmtree(folder)
         for pattern in ("*.png", "*.html", "*.json"):
@@ -250,60 +353,3 @@ def _json_ready(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }
-
-
-def _environment(command: str, seed: int, data_manifest_hash: str | None) -> dict[str, Any]:
-    return {
-        "run_format": _FORMAT,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "seed": seed,
-        "data_manifest_hash": data_manifest_hash,
-        "commit": _commit(),
-        "hardware": _hardware(),
-        "versions": {"python": platform.python_version(), **_package_versions()},
-    }
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _hardware() -> dict[str, Any]:
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "system": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda_devices": devices,
-        "num_processes": process_state().num_processes,
-    }
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Commit of this source tree, with "+changes" where tracked files differ from it; None without git."""
-    source = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(source), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -53,7 +53,7 @@ def test_second_run_resume_and_overwrite(run, tmp_path):
         "error: out already holds a run. Continue it with --resume auto, replace it with --overwrite, or set "
         "train.save_dir_root to another folder.\n"
     )
-    code, _, error = run(root, "--resume", "auto", "--gin.LoopConfig.num_steps=8")
+    code, _, error = run(root, "--resume", "auto", "--gin.LoopConfig.num_steps=8", "--allow-changes")
     assert code == 0
     assert "resumed from out/checkpoints/step_00000004" in error
     assert sorted(path.name for path in (tmp_path / "out/checkpoints").glob("step_*")) == [
@@ -68,6 +68,57 @@ def test_resume_auto_in_a_new_folder_starts_and_says_so(run):
     code, _, error = run("--gin.train.save_dir_root=out", "--resume", "auto")
     assert code == 0
     assert "--resume auto: no checkpoint in out/checkpoints, starting from the beginning" in error
+
+
+def test_a_run_goes_on_with_other_settings_only_when_told(run, tmp_path, caplog):
+    root = ["--gin.train.save_dir_root=out", "--resume", "auto"]
+    assert run(*root)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    changed = ["--gin.LoopConfig.num_steps=8", "--gin.train.seed=4"]
+    code, _, error = run(*root, *changed)
+    assert code == 2
+    assert error == (
+        "error: the run in out was trained with other settings: script_tiny.train.seed: 3 -> 4 (command line); "
+        "LoopConfig.num_steps: 4 -> 8 (command line). Set them back, go on with the new ones by --allow-changes, or "
+        "start anew: with --overwrite of that run's own script, or in another train.save_dir_root.\n"
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert run(*root, *changed, "--allow-changes")[0] == 0
+    assert "the run in out goes on with other settings: script_tiny.train.seed: 3 -> 4 (comm" in caplog.messages[-1]
+    changes = json.loads((tmp_path / "out/env.json").read_text())["changes"]
+    assert [(change["name"], change["before"], change["now"]) for change in changes] == [
+        ("script_tiny.train.seed", "3", "4"),
+        ("LoopConfig.num_steps", "4", "8"),
+    ]
+    assert run(*root, *changed)[0] == 0
+    assert json.loads((tmp_path / "out/env.json").read_text())["changes"] == changes
+
+
+def test_a_dry_run_has_a_folder_of_its_own(run, tmp_path):
+    root = "--gin.train.save_dir_root=out"
+    for _ in range(2):
+        assert run(root, "--dry-run")[0] == 0
+    assert json.loads((tmp_path / "out-dry-run/env.json").read_text())["trial"] == "dry-run"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry-run", "--profile", "3"], "--dry-run and --profile are two trials; give one of them."),
+        (
+            ["--dry-run", "--resume", "auto"],
+            "--dry-run starts from the beginning, in a folder of its own; remove --res",
+        ),
+        (["--profile", "3", "--resume", "x"], "--profile starts from the beginning, in a folder of its own; remove --"),
+        (["--profile", "0"], "--profile expected at least 1 step, got 0."),
+    ],
+)
+def test_trials_that_contradict_themselves(run, tmp_path, arguments, message):
+    code, _, error = run("--gin.train.save_dir_root=out", *arguments)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {message}")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_print_config_shows_values_with_origins_and_runs_nothing(run, tmp_path):
@@ -113,7 +164,7 @@ def test_an_impossible_backend_is_refused_before_any_work(run, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--resmue", "auto"], ["--resume"]])
+@pytest.mark.parametrize("arguments", [["--resmue", "auto"], ["--resume"], ["--profile", "many"]])
 def test_bad_usage_is_code_2(run, arguments):
     code, _, error = run(*arguments)
     assert code == 2

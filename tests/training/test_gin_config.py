@@ -1,6 +1,8 @@
 import enum
+import multiprocessing
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +10,8 @@ import gin
 import pytest
 
 from data.schemas import InputError
-from training.gin_config import clear_config, load_config, plain_message, register
+from tests.training import gin_worker
+from training.gin_config import clear_config, config_in_force, load_config, plain_message, register
 
 
 class Flavour(enum.Enum):
@@ -204,6 +207,43 @@ def test_operative_config_is_a_config_that_gives_the_same_values(load):
 
 def test_enum_defaults_are_written_as_constants(load):
     assert "Outer.flavour = %Flavour.SWEET  # default\n" in load("train.outer = @Outer()").operative_config()
+
+
+def test_a_default_that_is_made_anew_for_each_object_is_written_as_its_value(load):
+    @dataclass(frozen=True)
+    class Made:
+        names: dict[str, int] = field(default_factory=lambda: {"a": 1})
+
+    register(Made)
+    text = load("train.make = @Made").operative_config()
+    assert "Made.names = {'a': 1}  # default\n" in text
+
+
+def test_the_origin_of_a_value_names_the_macros_in_it(load):
+    config = load("WIDTH = 3\ntrain.seed = %SEED\nSEED = %WIDTH\ntrain.text = %TEXT\nTEXT = 'a'", "TEXT=b")
+    origins = {setting.name: setting.origin for setting in config.settings}
+    assert origins["script_one.train.seed"] == "c.gin:2, %SEED from c.gin:3, %WIDTH from c.gin:1"
+    assert origins["script_one.train.text"] == "c.gin:4, %TEXT from command line"
+
+
+def test_settings_name_the_functions_that_they_reach(load):
+    config = load("train.outer = @a/Outer()\na/Outer.rate = 1.0\nscript_two.train.required = 'x'\ntrain.seed = 1")
+    users = {setting.name: setting.used_by for setting in config.settings}
+    assert users["a/Outer.rate"] == users["script_one.train.flag"] == ("script_one.train",)
+    assert users["script_two.train.required"] == ("script_two.train",)
+
+
+def test_a_spawned_process_applies_the_config(load):
+    config = load("WIDTH = 7\ntrain.seed = %WIDTH", "train.name=it's # no comment", script=gin_worker.__name__)
+    assert config_in_force() is config
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=config.apply) as pool:
+        assert pool.submit(gin_worker.arguments).result(timeout=120) == (7, "it's # no comment")
+    clear_config()
+    assert config_in_force() is None
+    config.apply(3)  # the number that a DataLoader gives its worker
+    assert gin_worker.arguments() == (7, "it's # no comment")
+    assert config_in_force().settings[0].value == "7"
 
 
 def test_loading_again_forgets_the_first_config(load):

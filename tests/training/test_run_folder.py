@@ -10,9 +10,11 @@ import pytest
 
 from data.schemas import InputError
 from training import run_folder
+from training.config_changes import Setting
 from training.run_folder import RunFolder, RunOptions
 
-OPTIONS = RunOptions(config_text="train.seed = 1\n", operative_config="train.seed = 1  # x\n", command="python x.py")
+SETTING = Setting("train.seed", "1", "x")
+OPTIONS = RunOptions(config_text="train.seed = 1\n", settings=(SETTING,), command="python x.py")
 
 
 def start(root, **changes):
@@ -210,3 +212,111 @@ def test_a_run_that_goes_on_must_have_the_inputs_it_had(tmp_path):
     fresh = RunFolder.open(tmp_path / "run", RunOptions(overwrite=True), seed=0)
     fresh.require_same(tokenizer="xyz")
     assert fresh.environment()["inputs"] == {"tokenizer": "xyz"}
+
+
+def setting(name, value, origin="c.gin:1", used_by=()):
+    return Setting(name, str(value), origin, tuple(used_by))
+
+
+def options(*settings, **changes):
+    return RunOptions(config_text="a = 1\n", settings=settings, **changes)
+
+
+def test_changed_settings_are_refused_before_anything_is_written(tmp_path):
+    before = (setting("train.save_dir_root", "'a'"), setting("x/LoopConfig.num_steps", 4))
+    now = (setting("train.save_dir_root", "'b'"), setting("x/LoopConfig.num_steps", 8, "command line"))
+    run = RunFolder.open(tmp_path, options(*before), seed=7)
+    RunFolder.open(tmp_path, options(*now, resume="auto"), seed=7)  # it had got nowhere
+    RunFolder.open(tmp_path, options(*before, resume="auto"), seed=7)
+    run.append_metrics({"step": 1})
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=r"x/LoopConfig.num_steps: 4 -> 8 \(command line\)\. Set them back"
+        ) as caught:
+            RunFolder.open(tmp_path, options(*now, resume="auto"), seed=7)
+    assert "save_dir_root:" not in str(caught.value)
+    assert (tmp_path / "operative_config.gin").read_text().endswith("x/LoopConfig.num_steps = 4  # c.gin:1\n")
+    assert run.environment()["changes"] == []
+
+
+def test_allowed_changes_are_kept_and_said(tmp_path, caplog):
+    run = RunFolder.open(tmp_path, options(setting("a", 1)), seed=7)
+    run.append_metrics({"step": 1})
+    for value in (2, 2, 3):
+        RunFolder.open(tmp_path, options(setting("a", value), resume="auto", allow_changes=True), seed=7)
+    changes = [(change["before"], change["now"], change["origin"]) for change in run.environment()["changes"]]
+    assert changes == [("1", "2", "c.gin:1"), ("2", "3", "c.gin:1")]
+    assert [record.message for record in caplog.records] == [
+        f"the run in {tmp_path} goes on with other settings: a: {change} (c.gin:1)" for change in ("1 -> 2", "2 -> 3")
+    ]
+    RunFolder.open(tmp_path, options(setting("a", 4), overwrite=True), seed=7)
+    assert run.environment()["changes"] == []
+
+
+def test_a_run_without_gin_has_no_settings_to_compare(tmp_path):
+    run = RunFolder.open(tmp_path, options(setting("a", 1)), seed=7)
+    run.append_metrics({"step": 1})
+    RunFolder.open(tmp_path, RunOptions(resume="auto"), seed=7)
+
+
+def test_a_stage_has_the_settings_that_its_function_reads():
+    both, one = setting("a", 1, used_by=["first.train", "second.train"]), setting("b", 1, used_by=["second.train"])
+    narrowed = options(both, one, resume="auto").of("first")
+    assert narrowed == options(both, resume="auto")
+
+
+@pytest.mark.parametrize("trial", [{"dry_run": True}, {"profile": 5}])
+def test_trials_replace_each_other_and_nothing_else(tmp_path, trial):
+    run = finished_run(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in run.root.rglob("*")}
+    first = start(tmp_path / "run/", **trial)
+    assert first.root == tmp_path / f"run-{RunOptions(**trial).trial}"
+    first.append_metrics({"step": 1})
+    first.model.mkdir()
+    second = start(tmp_path / "run", **trial)
+    assert second.environment()["trial"] == second.options.trial
+    assert not second.metrics_log.exists()
+    assert not second.model.exists()
+    assert {path: path.stat().st_mtime_ns for path in run.root.rglob("*")} == before
+
+
+@pytest.mark.parametrize("holds", ["a run in earnest", "another trial", "foreign files"])
+def test_a_trial_never_replaces_what_is_no_trial_of_its_kind(tmp_path, holds):
+    place = tmp_path / "run-dry-run"
+    if holds == "a run in earnest":
+        finished_run(place)
+    elif holds == "another trial":
+        start(tmp_path / "run", profile=5)
+        (tmp_path / "run-profile").rename(place)
+    else:
+        (place / "model").mkdir(parents=True)
+    before = sorted(place.rglob("*"))
+    with pytest.raises(
+        InputError, match=r"--dry-run works in .*, which holds a run of another kind|holds model but no run wrote it"
+    ):
+        start(tmp_path / "run", dry_run=True)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_trial_is_never_continued(tmp_path):
+    start(tmp_path / "run", dry_run=True).append_metrics({"step": 1})
+    with pytest.raises(InputError, match=r"run-dry-run holds what --dry-run left, which cannot be continued"):
+        start(tmp_path / "run-dry-run", resume="auto")
+    assert start(tmp_path / "run-dry-run", overwrite=True).environment()["trial"] is None
+
+
+def test_what_a_killed_program_left_is_gone_after_the_next_start(tmp_path):
+    run = start(tmp_path / "run")
+    run.append_metrics({"step": 1})
+    left = [".env.json.tmp", "ranks_test.safetensors.part", ".tmpAb12Cd", "report/.index.html.tmp"]
+    for name in left:
+        (run.root / name).write_text("half")
+    for folder in (".model.tmp-abc", "more_models/.shop.tmp-abc", ".model.old-17"):
+        (run.root / folder).mkdir(parents=True)
+    (run.root / ".model.old-17/config.json").write_text("{}")
+    start(tmp_path / "run", resume="auto")
+    assert (run.model / "config.json").is_file()  # retired just before the kill, so nothing had taken its place
+    names = {str(path.relative_to(run.root)) for path in run.root.rglob("*") if path.is_file()}
+    assert not names & {*left}
+    assert not [name for name in names if name.startswith(".") and name != ".lock"]
+    assert not [path for path in run.root.rglob(".*") if path.is_dir()]
