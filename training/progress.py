@@ -1,8 +1,11 @@
 """What a person watching the training sees on stderr: a bar on a terminal, one line per log elsewhere."""
 
 import sys
+from contextlib import ExitStack
 
 from tqdm import tqdm
+
+from training.above_bar import lines_above_bars
 
 
 class Progress:
@@ -19,10 +22,12 @@ class Progress:
         self._num_steps = num_steps
         self._use_bar = enabled and (sys.stderr.isatty() if bar is None else bar)
         self._bar: tqdm | None = None
+        self._shown = ExitStack()
 
     def start(self, step: int) -> None:
         """Steps begin after this one."""
         if self._use_bar:
+            self._shown.enter_context(lines_above_bars())
             self._bar = tqdm(total=self._num_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
@@ -52,3 +57,4 @@ class Progress:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+            self._shown.close()

@@ -1,63 +1,153 @@
-"""Where metrics go: always metrics.jsonl, and W&B through Accelerate when asked for."""
+"""Trackers beside metrics.jsonl, through Accelerate: W&B and TensorBoard.
+
+A tracker remembers in the run folder how far it got. When a run goes on, a step that the tracker has had is not sent
+again, and lines of metrics.jsonl that it has not had are sent then.
+"""
 
 import importlib.util
+import json
+import math
+import os
+import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from data.schemas import InputError
-from training.run_folder import RunFolder
 
 PROJECT = "generative-retrieval"
+_FINISH_SECONDS = "120"
+"""How long the end of a run waits for uploads, unless WANDB_FINISH_TIMEOUT says otherwise; W&B's own is for ever."""
 
 
-def tracker_names(wandb_logging: bool) -> list[str] | None:
-    """Names of the trackers for `Accelerator(log_with=...)`.
-
-    Raises:
-        InputError: if W&B is asked for and not installed.
-    """
-    if wandb_logging and importlib.util.find_spec("wandb") is None:
-        raise InputError(
-            "train.wandb_logging = True needs the package wandb. Install it (pip install wandb) or set False."
-        )
-    return ["wandb"] if wandb_logging else None
-
-
-class MetricsLog:
-    """Writes logged values of one run to all its trackers.
+class Tracker:
+    """A tracker of one run.
 
     Args:
-        run: gets metrics.jsonl, and the files of W&B.
-        accelerator: made with `tracker_names`.
-        settings: what the trackers show as configuration.
+        folder: for what the tracker writes, and for the note of how far it got.
+        settings: shown as configuration.
 
     Raises:
-        InputError: if W&B does not start.
+        InputError: if its package is not installed.
     """
 
-    def __init__(self, run: RunFolder, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
-        self._run = run
-        self._accelerator = accelerator
-        if not accelerator.log_with:
-            return
-        wandb_options = {"dir": str(run.root), "name": run.root.resolve().name}
-        try:
-            accelerator.init_trackers(PROJECT, config=dict(settings), init_kwargs={"wandb": wandb_options})
-        except Exception as error:  # wandb raises errors of its own, of many kinds
+    name: str
+    _switch: str
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        if importlib.util.find_spec(self.name) is None:
             raise InputError(
-                f"W&B did not start ({error}). Run `wandb login`, set WANDB_MODE=offline, or "
-                "set train.wandb_logging = False."
-            ) from error
+                f"train.{self._switch} = True needs the package {self.name}. Install it (pip install {self.name}) or "
+                "set False."
+            )
+        self._folder = folder
+        self._settings = settings
+        self._note_path = folder / f"{self.name}.json"
 
-    def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
-        """Log values of a step; `seconds` is the training time so far."""
-        self._run.append_metrics({"step": step, "seconds": round(seconds, 3), **values})
-        if self._accelerator.log_with:
-            self._accelerator.log(dict(values), step=step)
+    def start(self, step: int) -> None:
+        """Open it; training goes on after this step.
 
-    def close(self) -> None:
-        """Let the trackers finish their uploads."""
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
+        Raises:
+            InputError: if it does not start.
+        """
+        self._note = self._read_note()
+        try:
+            self._folder.mkdir(exist_ok=True)
+            self._tracker = self._open(step)
+        except Exception as error:  # of many kinds, most of them the packages' own
+            raise self._start_error(error) from error
+
+    def send(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Log values of a step unless it was done before; numbers that are not finite leave a gap."""
+        kind = "train" if any(name.startswith("train/") for name in values) else "evaluation"
+        if step <= self._note.get(kind, -1):
+            return
+        self._log(step, {name: value for name, value in values.items() if value is not None and math.isfinite(value)})
+        self._note |= {kind: step, "rows": self._note.get("rows", 0) + 1}
+        self._write_note()
+
+    def finish(self) -> None:
+        """Let it end its work."""
+        self._tracker.finish()
+
+    def _open(self, step: int) -> GeneralTracker:
+        raise NotImplementedError
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def _start_error(self, error: Exception) -> InputError:
+        raise NotImplementedError
+
+    def _read_note(self) -> dict[str, Any]:
+        try:
+            note = json.loads(self._note_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return note if isinstance(note, dict) else {}
+
+    def _write_note(self) -> None:
+        """Whole or not at all, without waiting for the disk: it is written at every logged step."""
+        temporary = self._note_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._note) + "\n", encoding="utf-8")
+        os.replace(temporary, self._note_path)
+
+
+class WandbRun(Tracker):
+    """W&B, online or offline; a run that goes on keeps its id.
+
+    W&B refuses steps that do not ascend and takes nothing back. So the step is a column, the x axis of every chart,
+    and W&B's own step counts the lines that it was sent.
+    """
+
+    name = "wandb"
+    _switch = "wandb_logging"
+
+    def _open(self, step: int) -> GeneralTracker:
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)
+        self._note.setdefault("id", uuid.uuid4().hex)
+        self._write_note()
+        name = self._folder.resolve().parent.name
+        tracker = WandBTracker(PROJECT, dir=str(self._folder), name=name, id=self._note["id"], resume="allow")
+        tracker.start()
+        tracker.store_init_configuration(dict(self._settings))
+        tracker.tracker.define_metric("step", hidden=True)
+        tracker.tracker.define_metric("*", step_metric="step")
+        return tracker
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self._tracker.log({"step": step, **values}, step=self._note.get("rows", 0))
+
+    def _start_error(self, error: Exception) -> InputError:
+        return InputError(
+            f"W&B did not start ({error}). Run `wandb login`, set WANDB_MODE=offline, or set "
+            "train.wandb_logging = False."
+        )
+
+
+class TensorBoardFiles(Tracker):
+    """TensorBoard; what was logged beyond the step from which a run goes on is hidden from its curves."""
+
+    name = "tensorboard"
+    _switch = "tensorboard_logging"
+
+    def _open(self, step: int) -> GeneralTracker:
+        is_new = "rows" not in self._note
+        self._note |= {kind: min(self._note[kind], step) for kind in ("train", "evaluation") if kind in self._note}
+        tracker = TensorBoardTracker(self.name, self._folder, purge_step=None if is_new else step + 1)
+        tracker.start()
+        if is_new:
+            rows = "".join(f"| {name} | {value} |\n" for name, value in self._settings.items())
+            tracker.log({"settings": f"| setting | value |\n|---|---|\n{rows}"}, step=0)
+        return tracker
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self._tracker.log(values, step=step)
+
+    def _start_error(self, error: Exception) -> InputError:
+        return InputError(
+            f"TensorBoard did not start ({error}). Make {self._folder} writable or set "
+            "train.tensorboard_logging = False."
+        )

@@ -1,40 +1,48 @@
+"""Trackers as training uses them; what they show is looked at in test_metrics_log.py."""
+
+import json
+import subprocess
 import sys
 
 import pytest
+import torch
 
-from data.schemas import InputError
-from tests.training.tiny import LinearTask, loop_config
+from tests.training.tiny import LinearTask, loop_config, weights
 from training.loop import run_training
 from training.run_folder import RunFolder, RunOptions
 
 
-def train(root):
-    run = RunFolder.open(root, RunOptions(), seed=3)
-    return run_training(LinearTask(), loop_config(num_steps=4), run, seed=3, wandb_logging=True)
+def train(root, **trackers):
+    """Weights and logged values, without what the clock says."""
+    task, run = LinearTask(), RunFolder.open(root, RunOptions(), seed=3)
+    run_training(task, loop_config(num_steps=10), run, seed=3, **trackers)
+    records = [json.loads(line) for line in run.metrics_log.read_text().splitlines()]
+    for record in records:
+        record.pop("seconds")
+        record.pop("train/examples_per_second", None)
+    return weights(task), records
 
 
 @pytest.mark.slow
-def test_wandb_offline_writes_its_run_beside_metrics_jsonl(tmp_path, monkeypatch):
+def test_trackers_stand_beside_metrics_jsonl_and_change_nothing_in_the_training(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed")
+    pytest.importorskip("tensorboard", reason="tensorboard comes with requirements-dev.txt")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(tmp_path / "run")
-    assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    plain, logged = train(tmp_path / "plain")
+    tracked, also_logged = train(tmp_path / "tracked", wandb_logging=True, tensorboard_logging=True)
+    torch.testing.assert_close(tracked, plain, rtol=0, atol=0)
+    assert also_logged == logged
+    trackers = tmp_path / "tracked/trackers"
+    assert len(list(trackers.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    assert len(list(trackers.glob("tensorboard/events.out.tfevents.*"))) == 1
+    assert json.loads((trackers / "tensorboard.json").read_text())["rows"] == len(logged)
 
 
-def test_wandb_asked_for_and_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"train.wandb_logging = True needs the package wandb. Install it"):
-        train(tmp_path / "run")
-
-
-def test_training_does_not_import_wandb_unless_asked(tmp_path):
-    import subprocess
-
+def test_training_does_not_import_trackers_unless_asked():
     code = (
         "import sys, training.cli, training.loop; "
-        "print([n for n in ('wandb', 'polars', 'transformers', 'sentence_transformers', 'matplotlib') "
+        "print([n for n in ('wandb', 'tensorboard', 'polars', 'transformers', 'sentence_transformers', 'matplotlib') "
         "if n in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
