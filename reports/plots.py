@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ Curve = tuple[list[int], list[float]]
 
 _LEVEL = re.compile(r"_level_\d+$")
 _CONFIDENCE_BOUND = re.compile(r"_(low|high)$")
-_LOOP_FACTS = ("step", "seconds", "train/examples_per_second", "train/overflow_steps")
+_LOOP_FACTS = ("train/examples_per_second", "train/skipped_steps", "train/overflow_steps")
 _SLICE_SIZE = re.compile(r"/count$")
 
 
@@ -56,18 +57,32 @@ def read_curves(metrics_log: Path) -> dict[str, Curve]:
     Raises:
         InputError: if it does not exist or is no text.
     """
+    found = curves_of(read_records(metrics_log))
+    return {name: curve for name, curve in found.items() if name not in _LOOP_FACTS}
+
+
+def read_records(metrics_log: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl, without those that are not whole.
+
+    Raises:
+        InputError: if it does not exist or is no text.
+    """
     if not metrics_log.is_file():
         raise InputError(f"{metrics_log} does not exist; give the metrics.jsonl of a run folder.")
     try:
         lines = metrics_log.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {metrics_log} ({error}). Give the metrics.jsonl of a run folder.") from error
+    return [record for line in lines if (record := _record(line))]
+
+
+def curves_of(records: Iterable[dict[str, Any]]) -> dict[str, Curve]:
+    """Steps and values by name; confidence bounds and sizes of slices are no curves, nor is what is not finite."""
     curves: dict[str, Curve] = defaultdict(lambda: ([], []))
-    for line in lines:
-        record = _record(line)
+    for record in records:
         for name, value in record.items():
-            drawn = name not in _LOOP_FACTS and not _CONFIDENCE_BOUND.search(name) and not _SLICE_SIZE.search(name)
-            if drawn and isinstance(value, int | float):
+            is_bound = _CONFIDENCE_BOUND.search(name) or _SLICE_SIZE.search(name)
+            if name not in ("step", "seconds") and not is_bound and isinstance(value, int | float):
                 steps, values = curves[name]
                 steps.append(record["step"])
                 values.append(value)
@@ -79,7 +94,7 @@ def _record(line: str) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError:
         return {}
-    return record if isinstance(record, dict) and "step" in record else {}
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else {}
 
 
 def _figure_of(name: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from tests.tiny_dataset import random_tokenizer, walks, write_interactions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OPTIONAL = ("polars", "wandb", "sentence_transformers", "transformers", "sklearn", "matplotlib")
+OPTIONAL = ("polars", "wandb", "sentence_transformers", "transformers", "sklearn", "matplotlib", "tensorboard")
 ROOMS = ("data", "ops", "modules", "training", "evaluation", "tasks", "reports", "serving", "benchmarks")
 MAY_IMPORT = {
     "data": {"data"},

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from modules.tokenizer.policies import CollisionPolicy
+from reports.parts import count, percent
 from reports.tokenizer.measures import Measures
-from reports.tokenizer.parts import count, percent
 
 
 class Status(enum.Enum):

@@ -5,20 +5,10 @@ from collections.abc import Sequence
 from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.markup import Markup, element, join
+from reports.parts import NOTHING, count, gauge, percent, table
 from reports.tokenizer.measures import Group, Measures
 from reports.tokenizer.neighbours import Neighbour, SampleItem
-from reports.tokenizer.parts import (
-    NOTHING,
-    code_boxes,
-    count,
-    first_codes,
-    gauge,
-    item_entry,
-    percent,
-    sampled,
-    short_title,
-    table,
-)
+from reports.tokenizer.parts import code_boxes, first_codes, item_entry, sampled, short_title
 
 _GROUP_ITEMS = 10
 _FIRST_GROUPS = 8

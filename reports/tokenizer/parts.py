@@ -1,4 +1,4 @@
-"""Small parts of a tokenizer's report: words, tables, gauges, and items with their codes."""
+"""Small parts of a tokenizer's report: words, and items with their codes."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,6 @@ from reports.markup import Markup, element
 from reports.tokenizer.measures import FeatureMeasures, Measures
 
 MAX_TITLE = 160
-NOTHING = "\N{EN DASH}"
-
-
-def percent(share: float) -> str:
-    """97.3%."""
-    return f"{share:.1%}"
 
 
 def short_title(text: str) -> str:
@@ -23,55 +17,6 @@ def short_title(text: str) -> str:
 def first_codes(depth: int) -> str:
     """A prefix in words."""
     return "the first code" if depth == 1 else f"the first {depth} codes"
-
-
-def count(number: int, noun: str) -> str:
-    """1 item, 1,234 items."""
-    return f"{number:,} {noun if number == 1 else noun + 's'}"
-
-
-def table(
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    numbers: Sequence[int] = (),
-    bar: int | None = None,
-    narrow: bool = False,
-) -> Markup:
-    """A table whose rows become blocks on a narrow screen, where every cell says what it is.
-
-    Args:
-        head: names of the columns; a bar and a mark need none.
-        rows: cells; the first says what the row is about.
-        numbers: columns that stand to the right.
-        bar: column of a gauge.
-        narrow: whether it need not be as wide as the page.
-    """
-    classes = ["number" if index in numbers else "bar" if index == bar else None for index in range(len(head))]
-    names = [element("th", name, scope="col", class_=class_) for name, class_ in zip(head, classes, strict=True)]
-    body = [
-        element(
-            "tr",
-            *(
-                element("td", cell, class_=class_, data_label=(name or None) if index else None)
-                for index, (cell, class_, name) in enumerate(zip(row, classes, head, strict=True))
-            ),
-        )
-        for row in rows
-    ]
-    return element(
-        "table",
-        element("thead", element("tr", *names)),
-        element("tbody", *body),
-        class_="narrow" if narrow else None,
-    )
-
-
-def gauge(share: float, mark: float | None = None) -> Markup:
-    """A share as a bar, and a mark on it."""
-    filled = element("div", style=f"width:{100 * min(max(share, 0.0), 1.0):.1f}%")
-    line = Markup("") if mark is None else element("i", style=f"left:{100 * mark:.1f}%")
-    return element("div", filled, line, class_="gauge", aria_hidden="true")
 
 
 def item_entry(

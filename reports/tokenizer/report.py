@@ -6,7 +6,6 @@ browse, and the curves of the run.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from data.files import cannot_write, replace_file
 from modules.feature_rows import FeatureMatrix
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.markup import Markup, element, join, json_script
+from reports.page import render_page
 from reports.tokenizer import examples, sections
 from reports.tokenizer.measures import MAX_FEATURE_ROWS, Measures, measure
 from reports.tokenizer.neighbours import Neighbour, SampleItem, sample_items
@@ -29,8 +29,7 @@ PAGE, METRICS = "index.html", "metrics.json"
 MAX_TREE_ITEMS = 20_000
 """Items in the tree of prefixes, which the page carries; of larger catalogues a sample."""
 
-_TEMPLATE = Path(__file__).with_name("page.html")
-_NAV = ("Verdict", "Levels", "Collisions", "Reconstruction", "Meaning", "Training", "Prefixes", "Facts")
+_ROOM = Path(__file__).parent
 
 
 def write_tokenizer_report(
@@ -95,32 +94,26 @@ def _page(
     *,
     title: str,
 ) -> str:
-    parts = [
-        sections.verdict_section(verdict, measures),
-        sections.levels_section(measures),
-        examples.collisions_section(measures, tokenizer),
-        sections.reconstruction_section(measures, tokenizer),
-        examples.meaning_section(measures, tokenizer, samples),
-        *([] if metrics_log is None else [sections.training_section(metrics_log)]),
-        sections.tree_section(tokenizer.num_items, len(shown)),
-        sections.facts_section(tokenizer),
-    ]
-    names = [name for name in _NAV if name != "Training" or metrics_log is not None]
-    return _filled(
-        {
-            "title": join(title),
-            "subtitle": join(_subtitle(measures)),
-            "nav": join(*(element("a", name, href=f"#{name.lower()}") for name in names)),
-            "sections": join(*parts),
-            "data": json_script("data", _tree_data(tokenizer, shown)),
-        }
+    parts = {
+        "Verdict": sections.verdict_section(verdict, measures),
+        "Levels": sections.levels_section(measures),
+        "Collisions": examples.collisions_section(measures, tokenizer),
+        "Reconstruction": sections.reconstruction_section(measures, tokenizer),
+        "Meaning": examples.meaning_section(measures, tokenizer, samples),
+        **({} if metrics_log is None else {"Training": sections.training_section(metrics_log)}),
+        "Prefixes": sections.tree_section(tokenizer.num_items, len(shown)),
+        "Facts": sections.facts_section(tokenizer),
+    }
+    script = Markup((_ROOM / "script.js").read_text(encoding="utf-8"))
+    return render_page(
+        parts,
+        title=title,
+        subtitle=_subtitle(measures),
+        footer="The numbers of this page are in metrics.json beside it, those of training curves in the run's "
+        "metrics.jsonl.",
+        style=(_ROOM / "style.css").read_text(encoding="utf-8"),
+        scripts=join(json_script("data", _tree_data(tokenizer, shown)), element("script", script)),
     )
-
-
-def _filled(parts: dict[str, Markup]) -> str:
-    """The template with its places filled, in one pass: what is filled in is not looked at again."""
-    template = _TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
 def _subtitle(measures: Measures) -> str:

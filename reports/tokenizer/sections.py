@@ -9,10 +9,11 @@ from evaluation.reconstruction import Reconstruction
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.charts import Line, line_chart
 from reports.markup import Markup, element, join
+from reports.parts import NOTHING, gauge, key_figures, percent, table
 from reports.plots import panels, read_curves
 from reports.tokenizer.checks import Check, Status
 from reports.tokenizer.measures import FeatureMeasures, Histogram, Measures
-from reports.tokenizer.parts import NOTHING, first_codes, gauge, item_entry, percent, sampled, table
+from reports.tokenizer.parts import first_codes, item_entry, sampled
 from reports.tokenizer.verdict import Verdict
 
 _STATUS_WORDS = {Status.GOOD: "ok", Status.WARN: "could be better", Status.BAD: "bad", Status.UNKNOWN: "not checked"}
@@ -205,14 +206,7 @@ def _key_figures(measures: Measures) -> Markup:
         figures.append(
             ("neighbours on one first code", percent(agreement.by_depth[0]), f"of {agreement.num_neighbours} nearest")
         )
-    return element(
-        "dl",
-        *(
-            element("div", element("dt", name), element("dd", value, element("small", note)))
-            for name, value, note in figures
-        ),
-        class_="figures",
-    )
+    return key_figures(figures)
 
 
 def _ceiling_words(measures: Measures) -> str:

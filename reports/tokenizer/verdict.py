@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from reports.parts import count
 from reports.tokenizer.checks import CHECKS, Check, Status
 from reports.tokenizer.measures import Measures
-from reports.tokenizer.parts import count
 
 MIN_ITEMS = 32
 """Below, shares and entropies say too little for a verdict."""

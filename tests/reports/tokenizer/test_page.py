@@ -7,10 +7,10 @@ import pytest
 pytest.importorskip("selenium", reason="selenium comes with requirements-dev.txt")
 
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
 
 from reports.tokenizer.report import write_tokenizer_report
 from tests.browsers import chromium
+from tests.reports.pages import Page
 from tests.reports.tokenizers import clustered_features, fitted
 
 MARKUP = '<img src=x onerror="window.hacked=1"><b>Bold</b> "&amp;" \' </script><script>window.hacked=1</script>'
@@ -37,29 +37,6 @@ def report(tmp_path_factory, tokenizer):
     records = [{"step": step, f"train/{MARKUP}/loss": 1 / step, "valid/loss": 2 / step} for step in range(1, 9)]
     log.write_text("".join(json.dumps(record) + "\n" for record in records))
     return write_tokenizer_report(folder, tokenizer, clustered_features(), metrics_log=log, title=MARKUP)
-
-
-class Page:
-    """The page as a person uses it."""
-
-    def __init__(self, browser, path):
-        self.browser = browser
-        browser.get_log("browser")
-        browser.get(path.as_uri())
-
-    def all(self, selector):
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def texts(self, selector):
-        return self.browser.execute_script(
-            "return [...document.querySelectorAll(arguments[0])].map((found) => found.innerText)", selector
-        )
-
-    def wait_until(self, condition):
-        WebDriverWait(self.browser, 20, poll_frequency=0.02).until(lambda _: condition())
-
-    def run(self, script):
-        return self.browser.execute_script(script)
 
 
 @pytest.fixture
@@ -137,52 +114,9 @@ def test_controls_have_names(page):
 
 @pytest.mark.parametrize("width", [360, 800, 1280])
 def test_the_page_fits_its_screen(page, width):
-    page.browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    )
-    try:
-        page.run("for (const box of document.querySelectorAll('details')) box.open = true")
-        assert page.run("return window.innerWidth") == width
-        assert page.run("return document.documentElement.scrollWidth") <= width
-    finally:
-        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert page.width_needed(width) <= width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words_stand_out_from_their_ground(page, scheme):
-    """Contrast of at least 4.5, of every element with text of its own, against the nearest ground that is not clear."""
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    try:
-        pale = page.run(CONTRASTS)
-        ground = page.run("return getComputedStyle(document.body).backgroundColor")
-    finally:
-        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert ground == {"light": "rgb(246, 245, 242)", "dark": "rgb(20, 24, 26)"}[scheme]
-    assert pale == []
-
-
-CONTRASTS = """
-const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-function pixel(colors) {
-  canvas.clearRect(0, 0, 1, 1);
-  for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
-  return [...canvas.getImageData(0, 0, 1, 1).data];
-}
-function light(color) {
-  const [r, g, b] = color.slice(0, 3).map((value) => value / 255)
-    .map((value) => value <= .04045 ? value / 12.92 : ((value + .055) / 1.055) ** 2.4);
-  return .2126 * r + .7152 * g + .0722 * b;
-}
-const pale = [];
-for (const found of document.querySelectorAll("body *:not(script)")) {
-  if (![...found.childNodes].some((node) => node.nodeType === 3 && node.data.trim())) continue;
-  if (!found.checkVisibility()) continue;
-  const grounds = [];
-  for (let box = found; box; box = box.parentElement) grounds.unshift(getComputedStyle(box).backgroundColor);
-  const [one, other] = [light(pixel(grounds)), light(pixel([...grounds, getComputedStyle(found).color]))];
-  const contrast = (Math.max(one, other) + .05) / (Math.min(one, other) + .05);
-  if (contrast < 4.5) pale.push(`${found.className} ${contrast.toFixed(2)} ${found.textContent.slice(0, 30)}`);
-}
-return [...new Set(pale)];
-"""
+    assert page.pale_words(scheme) == []
