@@ -3,6 +3,7 @@
     python evaluate.py runs/demo                                  # test split, with popularity and ItemKNN
     python evaluate.py runs/beauty --split valid --json valid.json
     python evaluate.py runs/beauty --ranks ranks.safetensors      # per-user ranks, to compare models pairwise
+    torchrun --nproc_per_node 4 evaluate.py runs/beauty           # shared by 4 processes, the same numbers
 
 The prepared dataset that the model was trained on is looked for in --dataset-root and prepared again where it is
 missing; a prepared dataset of other content is refused, and stays as it is. The JSON file holds
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help is quick
 
     from data.processed import DatasetConfig, PreparedDataset
     from data.schemas import Ranges, Split
+    from evaluation.processes import Processes
     from evaluation.ranker import Ranker
     from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
@@ -84,6 +86,7 @@ class EvaluationProtocol:
         seed: int = 0,
         ranks_path: Path | None = None,
         progress: bool = False,
+        processes: Processes | None = None,
     ) -> dict[str, float]:
         """Metrics of rankers side by side.
 
@@ -95,12 +98,14 @@ class EvaluationProtocol:
             seed: of that draw.
             ranks_path: file for the per-user ranks; None saves none.
             progress: show a bar per ranker on stderr.
+            processes: share the users, each calling this method; None leaves all of them to this process.
 
         Raises:
             InputError: if max_users is not positive, or as for `evaluation.evaluator.evaluate_rankers`.
         """
         from data.batching import evaluation_batches
         from evaluation.evaluator import evaluate_rankers
+        from evaluation.processes import ALONE
 
         ranges = _drawn(self.split.role(role), max_users, seed)
         return evaluate_rankers(
@@ -114,6 +119,7 @@ class EvaluationProtocol:
             rows=ranges.rows,
             ranks_path=ranks_path,
             progress=progress,
+            processes=processes or ALONE,
         )
 
 
@@ -139,12 +145,16 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Load, rank, print and write; returns the exit code."""
+    from evaluation.processes import Processes
     from evaluation.table import format_metrics
     from modules.artifact import load_model_artifact
+    from training.processes import leave_together, process_state
 
     for option, path in (("--json", args.json), ("--ranks", args.ranks)):
         check_writable(path, option)
-    artifact = load_model_artifact(args.artifact, device=usable_device(args.device))
+    state = process_state()
+    processes = Processes(state.process_index, state.num_processes)
+    artifact = load_model_artifact(args.artifact, device=usable_device(args.device or str(state.device)))
     check_catalogue_unchanged(artifact.tokenizer)
     ranker = artifact.make_ranker(beam_width=args.beam_width, batch_size=args.batch_size)
     config = dataset_config(artifact.manifest, root=args.dataset_root, raw_dir=args.raw_dir)
@@ -157,8 +167,10 @@ def evaluate(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         ranks_path=args.ranks,
         progress=True,
+        processes=processes,
     )
-    print(f"{args.split}, {protocol.describe()}\n{format_metrics(metrics, split=args.split)}")
+    if processes.is_main:
+        print(f"{args.split}, {protocol.describe()}\n{format_metrics(metrics, split=args.split)}")
     if args.json is not None:
         about = {
             "dataset": dataset.name,
@@ -168,7 +180,8 @@ def evaluate(args: argparse.Namespace) -> int:
             "max_history": protocol.max_history,
             "beam_width": ranker.beam_width,
         }
-        write_json(args.json, {"about": about, **metrics})
+        processes.on_main(lambda: write_json(args.json, {"about": about, **metrics}))
+    leave_together()
     return 0
 
 
@@ -192,7 +205,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--raw-dir", metavar="DIR", help="local raw files, where the dataset is not prepared yet")
     parser.add_argument("--batch-size", type=positive_int, default=256, metavar="B", help="histories at once (256)")
     parser.add_argument("--beam-width", type=positive_int, metavar="W", help="beams per history (the artifact's own)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one, each process its own)")
     return parser.parse_args(argv)
 
 
@@ -208,10 +221,11 @@ def run_script(
         return leaving.code if isinstance(leaving.code, int) else 2
     try:
         from training.cli import run_cli
+        from training.processes import leave_after_error
     except KeyboardInterrupt:  # importing torch takes seconds
         print("interrupted", file=sys.stderr)
         return 130
-    return run_cli(lambda _: command(args), argv)
+    return leave_after_error(run_cli(lambda _: command(args), argv))
 
 
 def positive_int(text: str) -> int:

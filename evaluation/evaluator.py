@@ -9,6 +9,7 @@ the items of the batch's history, which holds the last `max_history` items of th
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from data.files import share
 from data.schemas import InputError, ItemFilter, SeqBatch
 from evaluation.metrics import sliced_metrics, target_ranks
+from evaluation.processes import ALONE, Processes
 from evaluation.ranker import Ranker, check_ranking
 
 
@@ -52,31 +54,42 @@ def evaluate(
     exclude_seen: bool = False,
     rows: Tensor | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Rank every history and score the lists against the targets.
 
     Args:
         ranker: what to evaluate.
-        batches: histories with targets.
+        batches: histories with targets; with several processes the same on each.
         cold: [N] bool, items that no training range contains.
         split: role name for the keys, "valid" or "test".
         k: length of the lists; metrics with a greater cutoff are left out.
         exclude_seen: forbid the items of a row's history.
         rows: [E] history row of each example, as in the split's ranges.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr, in the main process.
+        processes: share the batches; each gets the whole evaluation, the one that a process alone would get.
 
     Raises:
         InputError: if a score is NaN, or a batch has no targets or targets outside the catalogue.
         ValueError: if the ranker breaks its contract; the message names it.
+        RuntimeError: if another process failed for a reason other than its input.
     """
     num_items = len(cold)
+
+    def ranked(batch: SeqBatch) -> tuple[Tensor, Tensor]:
+        """Ranks of the targets, and the targets."""
+        batch_targets = _targets(batch, num_items)
+        item_ids = _ranked_items(ranker, batch, k, num_items, exclude_seen)
+        return target_ranks(item_ids, batch_targets), batch_targets
+
     ranks, targets = [torch.zeros(0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int64)]
     total = None if rows is None else len(rows)
-    with tqdm(total=total, desc=f"{ranker.name} ({split})", unit=" rows", disable=not progress, leave=False) as bar:
-        for batch in batches:
-            targets.append(_targets(batch, num_items))
-            ranks.append(target_ranks(_ranked_items(ranker, batch, k, num_items, exclude_seen), targets[-1]))
-            bar.update(len(batch))
+    hidden = not (progress and processes.is_main)
+    with tqdm(total=total, desc=f"{ranker.name} ({split})", unit=" rows", disable=hidden, leave=False) as bar:
+        for batch_ranks, batch_targets in processes.map(ranked, batches):
+            ranks.append(batch_ranks)
+            targets.append(batch_targets)
+            bar.update(len(batch_ranks))
     all_ranks, all_targets = torch.cat(ranks), torch.cat(targets)
     all_rows = torch.arange(len(all_ranks)) if rows is None else rows.cpu().long()
     if len(all_rows) != len(all_ranks):
@@ -118,6 +131,7 @@ def evaluate_rankers(
     rows: Tensor | None = None,
     ranks_path: Path | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Evaluate rankers side by side and return their metrics in one dictionary.
 
@@ -129,23 +143,32 @@ def evaluate_rankers(
         k: length of the lists.
         exclude_seen: forbid the items of a row's history, to every ranker.
         rows: [E] history row of each example.
-        ranks_path: file for the per-user ranks, see `save_ranks`; None saves none.
-        progress: show a bar per ranker on stderr.
+        ranks_path: file for the per-user ranks, see `save_ranks`; None saves none. The main process writes it.
+        progress: show a bar per ranker on stderr, in the main process.
+        processes: share the batches; each gets the metrics of all.
 
     Raises:
-        InputError: if two rankers share a name, or as for `evaluate`.
+        InputError: if two rankers share a name, or as for `evaluate` and `save_ranks`.
     """
     names = [ranker.name for ranker in rankers]
     if len(set(names)) < len(names):
         raise InputError(f"evaluate_rankers expected distinct names, got {names}. Rename one.")
     evaluations = [
         evaluate(
-            ranker, make_batches(), cold=cold, split=split, k=k, exclude_seen=exclude_seen, rows=rows, progress=progress
+            ranker,
+            make_batches(),
+            cold=cold,
+            split=split,
+            k=k,
+            exclude_seen=exclude_seen,
+            rows=rows,
+            progress=progress,
+            processes=processes,
         )
         for ranker in rankers
     ]
     if ranks_path is not None:
-        save_ranks(ranks_path, evaluations)
+        processes.on_main(partial(save_ranks, ranks_path, evaluations))
     return {key: value for evaluation in evaluations for key, value in evaluation.metrics.items()}
 
 

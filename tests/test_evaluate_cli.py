@@ -1,11 +1,15 @@
 import errno
 import json
+import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import evaluate
@@ -88,6 +92,61 @@ def test_two_evaluations_agree(run_folder, tmp_path):
         evaluate.main([str(run_folder), "--batch-size", batch_size, "--json", str(path)])
         contents.append(json.loads(path.read_text()))
     assert contents[0] == contents[1]
+
+
+@pytest.mark.slow
+def test_processes_share_an_evaluation_and_every_one_gets_what_one_alone_would(run_folder, tmp_path, capsys):
+    """Of evaluate.py, of training's validation and of an RQ-VAE's; each process alone says what it worked on."""
+
+    def options(name):
+        return ["--batch-size", "16", "--json", str(tmp_path / f"{name}.json"), "--ranks", str(tmp_path / name)]
+
+    assert evaluate.main([str(run_folder), *options("one")]) == 0
+    table = capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+         "tests.evaluation.script_shared", str(tmp_path), str(run_folder), *options("two")],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == table
+    assert done.stderr.count("generative (test):   0%") == 1  # one process shows its bar
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0.json",
+        "1.json",
+        "one",
+        "one.json",
+        "two",
+        "two.json",
+    ]
+
+    first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
+    for part in ("ranked", "quantized"):
+        assert first[part]["shared"]["metrics"] == first[part]["alone"]["metrics"]
+        assert second[part]["shared"]["metrics"] == first[part]["alone"]["metrics"]
+    assert first["ranked"]["alone"]["rows"] == [9, 9, 9, 9, 4]
+    assert [told["ranked"]["shared"]["rows"] for told in (first, second)] == [[9, 9, 4], [9, 9]]
+    assert [told["ranked"]["one_user"]["rows"] for told in (first, second)] == [[1], []]
+    assert second["ranked"]["one_user"]["metrics"]["low_ids/test/all/count"] == 1
+    assert [told["quantized"]["shared"]["rows"] for told in (first, second)] == [[16, 16, 8], [4, 16]]
+    in_one_block = first["quantized"]["alone_in_one_block"]["metrics"]
+    assert first["quantized"]["shared"]["metrics"] == pytest.approx(in_one_block)  # a small block weighs by its rows
+    assert [told["ranked"]["error"] for told in (first, second)] == ["process 1 has no luck"] * 2
+    assert "could not be written" in second["ranked"]["unwritable"] == first["ranked"]["unwritable"]
+
+
+def test_an_evaluation_draws_nothing(run_folder):
+    """Its numbers depend on no seed, and training goes on behind it as if it had not been."""
+    dataset = load_dataset(walks(run_folder / "dataset", run_folder / "log.csv"))
+    protocol = evaluate.EvaluationProtocol.of(dataset, "leave_one_out", max_history=3)
+    rankers = [load_model_artifact(run_folder).make_ranker(), *protocol.baselines()]
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    protocol.evaluate(rankers, "valid", max_users=7)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), str(np.random.get_state())) == before[1:]
 
 
 def test_another_dataset_is_refused(run_folder, tmp_path):
