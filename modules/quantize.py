@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.collective import chosen_rows, num_processes, of_first_process, own_rows, rows_of_all, sum_over_processes
 from modules.estimators import QuantizeMode, gumbel_softmax_choice
 from modules.kmeans import kmeans
 from modules.sinkhorn import sinkhorn_codes
@@ -61,6 +62,10 @@ class Quantizer(nn.Module):
     The codes learn by gradient; with `sim_vq` they are frozen and a linear map of them learns (arXiv 2411.02038), so
     that every code moves with every step, chosen or not; with `ema_decay` each is the moving average of the rows that
     chose it (van den Oord et al. 2017, appendix A.1). Buffers hold what resuming needs.
+
+    Several processes that train together, each on B of P * B rows, do what one does on all of them: averages, balance
+    and restarts are those of all rows. Only a soft choice differs: each process draws its own noise, and measures
+    distances in units of its own rows' mean (see `gumbel_softmax_choice`).
 
     Args:
         dim: width D.
@@ -155,15 +160,16 @@ class Quantizer(nn.Module):
         return self.training and self.config.sinkhorn_epsilon > 0
 
     def _balanced(self, residual: Tensor) -> Tensor:
-        return sinkhorn_codes(self.costs(residual), self.config.sinkhorn_epsilon)
+        return own_rows(sinkhorn_codes(self.costs(rows_of_all(residual)), self.config.sinkhorn_epsilon))
 
     @torch.no_grad()
     def _restart_(self, residual: Tensor) -> None:
         """Move codes that no row has chosen for a while to rows of the batch, without waiting for the device."""
         dead = self.idle_steps >= self.config.restart_after
-        places = torch.rand(len(residual), device=residual.device).argsort()
-        numbers = torch.arange(len(dead), device=residual.device) % len(residual)
-        rows = _of_first_process(residual[places[numbers]]).to(self.weight.dtype)
+        num_rows = len(residual) * num_processes()
+        places = of_first_process(torch.rand(num_rows, device=residual.device).argsort())
+        numbers = torch.arange(len(dead), device=residual.device) % num_rows
+        rows = chosen_rows(residual, places[numbers]).to(self.weight.dtype)
         self.weight.copy_(torch.where(dead[:, None], rows, self.weight))
         self.idle_steps.masked_fill_(dead, 0)
         if self.config.ema_decay > 0:
@@ -177,11 +183,11 @@ class Quantizer(nn.Module):
         if decay == 0 and not restarts:
             return
         counts, sums = codebook_stats(residual, codes, self.config.size)
-        counts = _over_processes(counts)
+        counts = sum_over_processes(counts)
         if restarts:
             self.idle_steps.add_(1).masked_fill_(counts > 0, 0)
         if decay > 0:
-            sums = _over_processes(sums)
+            sums = sum_over_processes(sums)
             self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - decay)
             self.ema_sums.lerp_(sums.to(self.ema_sums.dtype), 1 - decay)
             self.weight.copy_(self._averages())
@@ -190,17 +196,3 @@ class Quantizer(nn.Module):
         """Sums over counts; a code that loses its rows keeps its place."""
         alive = self.ema_counts > _FADED
         return torch.where(alive[:, None], self.ema_sums / self.ema_counts.clamp(min=_FADED)[:, None], self.weight)
-
-
-def _over_processes(tensor: Tensor) -> Tensor:
-    """The sum over all processes that train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def _of_first_process(tensor: Tensor) -> Tensor:
-    """The first process's values, in all processes that train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(tensor, src=0)
-    return tensor

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from modules.collective import own_rows, rows_of_all
+
 _HASH_FACTOR = 6364136223846793005
 """Knuth's multiplier of 64-bit linear congruential generators."""
 
@@ -17,7 +19,7 @@ def separation_loss(residual: Tensor, codes: Tensor, codebook: Tensor, *, margin
     prefer its own i-th next-nearest code. The loss is what it is nearer to the shared code than to that one, in squared
     distances, plus the margin, as far as that is positive. So each row is moved by the least that changes its id, and
     only on the last level: prefixes go on to mean what they did. It is what `CollisionPolicy.NEAREST_FREE` does to ids,
-    taught to the encoder. Rows of equal features stay together.
+    taught to the encoder. Rows of equal features stay together. Processes that train together look at the rows of all.
 
     Args:
         residual: [B, D], what the last level has to quantize; receives the gradient.
@@ -31,14 +33,15 @@ def separation_loss(residual: Tensor, codes: Tensor, codebook: Tensor, *, margin
     codebook = codebook.detach()
     distance = torch.cdist(residual.detach(), codebook).square()
     own = distance.gather(1, codes[:, -1:])[:, 0]
-    place = _places_within_tuples(codes, own)
+    own_of_all = rows_of_all(own)
+    place = own_rows(_places_within_tuples(rows_of_all(codes), own_of_all))
     others = distance.scatter(1, codes[:, -1:], torch.inf)
     nearest = others.topk(min(_NEXT_CODES, max(len(codebook) - 1, 1)), dim=1, largest=False).indices
     wanted = nearest.gather(1, (place - 1).clamp(0, nearest.shape[1] - 1)[:, None])[:, 0]
     # |r - w|^2 - |r - c|^2 without the difference of large squares
     own_code, wanted_code = codebook[codes[:, -1]], codebook[wanted]
     gap = ((own_code - wanted_code) * (2 * residual - own_code - wanted_code)).sum(dim=1)
-    return torch.where(place > 0, (gap + margin * own.mean()).clamp(min=0), 0.0)
+    return torch.where(place > 0, (gap + margin * own_of_all.mean()).clamp(min=0), 0.0)
 
 
 def _places_within_tuples(codes: Tensor, own: Tensor) -> Tensor:

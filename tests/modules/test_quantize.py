@@ -3,7 +3,6 @@ import torch
 
 from modules.estimators import QuantizeMode
 from modules.quantize import Distance, LevelConfig, Quantizer
-from tests.training.test_processes import torchrun
 
 CODEBOOK = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
 
@@ -163,9 +162,3 @@ def test_buffers_survive_saving():
     assert torch.equal(module(rows).embedding, other.train()(rows).embedding)
     assert torch.equal(module.ema_sums, other.ema_sums)
     assert torch.equal(module.idle_steps, other.idle_steps)
-
-
-@pytest.mark.slow
-def test_processes_that_train_together_hold_the_same_codes():
-    output, error = torchrun("tests.modules.script_quantizers").communicate(timeout=120)
-    assert output.splitlines() == [f"{name}: equal True, restarted True" for name in ("ema", "gradient", "soft")], error
