@@ -1,5 +1,6 @@
 """What is logged of the steps since the last log, summed on the device so that no step waits for it."""
 
+import math
 import time
 from typing import Any
 
@@ -14,14 +15,11 @@ class Window:
     """Sums of losses, gradient norms and examples since the last log: one vector, one addition per step.
 
     Args:
-        accelerator: averages over processes when the sums are read.
-        overflow_allowed: gradients may overflow now and then (fp16 loss scaling skips such steps); their number is
-            reported.
+        accelerator: averages over processes when the sums are read; has the loss scaling.
     """
 
-    def __init__(self, accelerator: Accelerator, *, overflow_allowed: bool) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._overflow_allowed = overflow_allowed
         self.reset()
 
     def reset(self) -> None:
@@ -57,23 +55,27 @@ class Window:
         """Steps since the last log."""
         return self._steps
 
-    def is_finite(self) -> bool:
-        """Whether every loss, and every gradient unless overflow is allowed, was finite. Waits for the device."""
-        return bool(torch.isfinite(self._sums).all())
-
     def read(self) -> dict[str, float]:
-        """Means since the last log: train/loss and its parts, gradient norm, examples per second over all processes."""
+        """What is logged. Waits for the device.
+
+        Returns:
+            Means of train/loss, its parts and the gradient's norm over the steps that counted, NaN where none did;
+            train/skipped_steps, with loss scaling train/overflow_steps; examples per second over all processes.
+        """
         means = self._accelerator.reduce(self._sums, reduction="mean")
         sums = dict(zip(self._names, means.tolist(), strict=True))
         seconds = time.perf_counter() - self._started
-        overflow = sums.pop("overflow")
+        skipped, overflow = sums.pop("skipped"), sums.pop("overflow", 0.0)
+        counted = self._steps - skipped - overflow
+        per_step = self._batches / self._steps
         values = {
-            f"train/{name.removeprefix('loss/')}": total / self._batches
+            f"train/{name.removeprefix('loss/')}": _mean(total, counted * per_step)
             for name, total in sums.items()
             if name != "norm"
         }
-        values["train/gradient_norm"] = sums["norm"] / max(self._steps - overflow, 1.0)
-        if self._overflow_allowed:
+        values["train/gradient_norm"] = _mean(sums["norm"], counted)
+        values["train/skipped_steps"] = skipped
+        if self._accelerator.scaler is not None:
             values["train/overflow_steps"] = overflow
         values["train/examples_per_second"] = self._examples * self._accelerator.num_processes / max(seconds, 1e-9)
         return values
@@ -95,3 +97,7 @@ class Window:
         """The sums in the order of these names, zero for a new one."""
         sums = dict(zip(self._names, self._sums, strict=True))
         return torch.stack([sums[name] if name in sums else torch.zeros_like(like[0]) for name in names])
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan

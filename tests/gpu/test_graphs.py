@@ -32,7 +32,7 @@ def build(name: str, device: torch.device):
 
 
 def accelerator_of(precision: str):
-    return _accelerator(loop_config(mixed_precision=precision), False)
+    return _accelerator(loop_config(mixed_precision=precision))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -52,7 +52,7 @@ def test_no_step_waits_for_the_device(name, precision, recorded, device):
     accelerator = accelerator_of(precision)
     task = build(name, device)
     step = optimizer_step(task, accelerator, recorded=recorded)
-    window = Window(accelerator, overflow_allowed=accelerator.scaler is not None)
+    window = Window(accelerator)
     for index in range(4 * NUM_STEPS):  # every capacity is recorded
         window.add(step([task.batch(index % NUM_STEPS)]))
     assert step._graphed.records == recorded
@@ -66,7 +66,7 @@ def test_no_step_waits_for_the_device(name, precision, recorded, device):
             window.add(step([task.batch(index)]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert window.is_finite()
+    assert window.read()["train/skipped_steps"] == 0
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_memory_does_not_grow(name, device):
     accelerator = accelerator_of("fp16")
     task = build(name, device)
     step = optimizer_step(task, accelerator, recorded=True)
-    window = Window(accelerator, overflow_allowed=True)
+    window = Window(accelerator)
 
     def run(num_steps: int) -> int:
         for index in range(num_steps):
@@ -96,11 +96,11 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(recorded):
     accelerator = accelerator_of("fp16")
     task = LinearTask(dropout=0.0)
     step = optimizer_step(task, accelerator, recorded=recorded)
-    window = Window(accelerator, overflow_allowed=True)
+    window = Window(accelerator)
     for index in range(12):
         window.add(step([task.examples(index)]))  # the first scales may overflow
     before, scale = weights(task), accelerator.scaler.get_scale()
-    window.add(step([task.examples(12) * 1e30]))
+    window.add(step([task.examples(12) * 1e3]))
     torch.testing.assert_close(weights(task), before, rtol=0, atol=0)
     assert accelerator.scaler.get_scale() == scale / 2
     window.add(step([task.examples(13)]))

@@ -17,7 +17,7 @@ from tests.training.tasks import CPU, QUANTIZERS, retrieval_task, rqvae_task, tr
 from training.task import Task
 
 NUM_STEPS = 12
-PLAIN = SimpleNamespace(scaler=None, device=CPU, autocast=nullcontext)
+PLAIN = SimpleNamespace(scaler=None, device=CPU, autocast=nullcontext, num_processes=1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Training steps that are recorded and replayed, by a stand-in for CUDA graphs."""
 
+import copy
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,12 +11,16 @@ import torch
 import ops.graphs
 from data.schemas import InputError
 from tests.ops.recorders import TapeRecorder
+from tests.training.tasks import rqvae_task
 from tests.training.tiny import LinearTask, loop_config, train_tiny, weights
+from training.averages import AveragedWeights
+from training.in_place import InPlaceChanges
 from training.loop_config import LoopConfig
-from training.optimizers import build_optimizer, load_optimizer_state_, optimizer_state, set_rate_
+from training.optimizers import build_optimizer, optimizer_state, set_rate_
+from training.parameter_groups import ParameterGroup
 from training.processes import uses_cuda
 from training.step import OptimizerStep
-from training.window import Window
+from training.task import Task
 
 
 @pytest.fixture
@@ -92,55 +98,237 @@ def test_a_loss_that_waits_trains_without_graphs(tmp_path, recorders, caplog):
     torch.testing.assert_close(weights(waiting), weights(plain), rtol=0, atol=0)
 
 
-def scaled_step(*, recorded: bool) -> tuple[OptimizerStep, LinearTask, SimpleNamespace]:
-    """A step with loss scaling as on a GPU."""
-    task = LinearTask(dropout=0.0)
-    config = loop_config(learning_rate=RATE)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
-    accelerator = SimpleNamespace(scaler=scaler, device=torch.device("cpu"), autocast=nullcontext, num_processes=1)
+def step_of(
+    task: Task, *, recorded: bool = False, scaler=None, averages=None, other_process=None, **settings
+) -> OptimizerStep:
+    """A step on this processor; `other_process` changes flags as reducing them over two processes would."""
+    config = loop_config(learning_rate=RATE, weight_decay=0.1, **settings)
+    accelerator = SimpleNamespace(
+        scaler=scaler,
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+        no_sync=lambda model: nullcontext(),
+        num_processes=1 if other_process is None else 2,
+        reduce=lambda flag, reduction: other_process(flag),
+    )
     optimizer = build_optimizer(task.model, config, recorded=recorded)
-    step = OptimizerStep(task, task.model, optimizer, accelerator=accelerator, config=config, recorded=recorded)
-    return step, task, accelerator
+    if averages is not None:
+        averages = AveragedWeights(task.model, averages)
+    return OptimizerStep(
+        task, task.model, optimizer, accelerator=accelerator, config=config, recorded=recorded, averages=averages
+    )
+
+
+def everything_of(step: OptimizerStep) -> dict:
+    """A copy of all that training changes, random states aside."""
+    model, averages = step._model.state_dict(), step._averages
+    moments = optimizer_state(step._optimizer)["state"]
+    return copy.deepcopy([model, moments, averages and averages.state_dict()])
+
+
+def logged(step: OptimizerStep, *batches) -> dict[str, float]:
+    sums = step(batches)
+    return dict(zip(sums.names, sums.values.tolist(), strict=True))
+
+
+def bad_gradient(task: LinearTask) -> None:
+    """The loss stays as it is; its gradient is NaN where the batch begins with 7."""
+    plain = task.loss
+
+    def loss(model, batch):
+        losses = plain(model, batch)
+        root = torch.sqrt((batch[0, 0] - 7).abs() + 0 * model[0].weight.sum())  # has no slope at 0
+        return losses | {"loss": losses["loss"] + 0 * root}
+
+    task.loss = loss
+
+
+@pytest.mark.parametrize(("optimizer", "recorded"), [("adamw", False), ("adamw", True), ("adagrad", False)])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(recorders, kind, optimizer, recorded):
+    task = LinearTask(dropout=0.0)
+    bad_gradient(task)
+    step = step_of(task, recorded=recorded, averages=0.9, optimizer=optimizer)
+    for index in range(4):
+        assert logged(step, task.examples(index))["skipped"] == 0
+    bad = task.examples(4)
+    bad[0, 0] = math.nan if kind == "loss" else 7.0
+    before = everything_of(step)
+    assert logged(step, bad) == {"loss/loss": 0, "loss/absolute": 0, "norm": 0, "skipped": 1}
+    assert logged(step, bad)["skipped"] == 1
+    torch.testing.assert_close(everything_of(step), before, rtol=0, atol=0)
+    assert step.skipped_in_a_row() == 2
+    assert logged(step, task.examples(5))["loss/loss"] > 0
+    assert step.skipped_in_a_row() == 0
+    after = everything_of(step)
+    for number in range(3):
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(after[number], before[number], rtol=0, atol=0)
+
+
+def test_recorded_steps_with_averages_and_skips_equal_plain_ones(recorders):
+    groups = (ParameterGroup(parameters=("0.*",), learning_rate_factor=0.5),)
+    steps = []
+    for recorded in (False, True):
+        task = LinearTask()
+        step = step_of(task, recorded=recorded, averages=0.9, parameter_groups=groups)
+        torch.manual_seed(1)
+        for index in range(10):
+            set_rate_(step._optimizer, RATE / 2**index)
+            step([task.examples(index) * (math.nan if index in (0, 4, 5) else 1.0)])
+        steps.append(step)
+    assert recorders[0].log == ["run", "run", "record", *["replay"] * 8]
+    torch.testing.assert_close(everything_of(steps[1]), everything_of(steps[0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adagrad"])
+def test_a_first_step_that_is_not_finite_is_as_if_it_had_not_been(optimizer):
+    skipping, plain = LinearTask(dropout=0.0), LinearTask(dropout=0.0)
+    steps = [step_of(task, optimizer=optimizer) for task in (skipping, plain)]
+    assert logged(steps[0], skipping.examples(0) * math.inf)["skipped"] == 1
+    for index in range(3):
+        for task, step in zip((skipping, plain), steps, strict=True):
+            step([task.examples(index)])
+    torch.testing.assert_close(everything_of(steps[0]), everything_of(steps[1]), rtol=0, atol=0)
+
+
+def test_one_bad_batch_of_several_skips_the_step():
+    task = LinearTask(dropout=0.0)
+    step = step_of(task, gradient_accumulation_steps=2)
+    before = everything_of(step)
+    assert logged(step, task.examples(0) * math.nan, task.examples(1))["skipped"] == 1
+    torch.testing.assert_close(everything_of(step)[0], before[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_fails_on_another_process_is_skipped_here(scaled):
+    task = LinearTask(dropout=0.0)
+    step = step_of(task, scaler=scaler() if scaled else None, other_process=lambda flag: flag + 1)
+    before = everything_of(step)
+    assert logged(step, task.examples(0))["skipped"] == 1
+    torch.testing.assert_close(everything_of(step)[0], before[0], rtol=0, atol=0)
+    assert step.skipped_in_a_row() == 1
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_an_overflow_skips_the_step_and_halves_the_scale(recorders, recorded):
-    step, task, accelerator = scaled_step(recorded=recorded)
-    window = Window(accelerator, overflow_allowed=True)
-    scales, moved = [], []
+@pytest.mark.parametrize("first", [False, True])
+def test_codebooks_that_learn_without_gradient_are_put_back(recorders, first, recorded):
+    """Moving averages, counters of idle codes, and codes that were restarted."""
+    task = rqvae_task("ema", num_batches=20)
+    task.model.train()
+    step = step_of(task, recorded=recorded)
+    for index in range(0 if first else 6):
+        step([task.batch(index)])
+    before = everything_of(step)
+    task._features[:] = math.nan
+    assert logged(step, task.batch(6))["skipped"] == 1
+    torch.testing.assert_close(everything_of(step)[0], before[0], rtol=0, atol=0)
+    assert {"ema_counts", "idle_steps"} <= {name.rpartition(".")[2] for name in before[0]}
+
+
+class WritingModel(torch.nn.Module):
+    """Writes to a parameter and to its buffers when it is called, not to its other parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes, self.norm = torch.nn.Parameter(torch.zeros(2)), torch.nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.codes.add_(1)
+        return self.norm(x)
+
+
+def test_what_a_loss_writes_is_put_back_and_nothing_else_copied_for_it():
+    model = WritingModel()
+    changes, num_copied = InPlaceChanges(model), []
+    for undo in (True, True, False):
+        before = copy.deepcopy(model.state_dict())
+        changes.begin()
+        num_copied.append(len(changes._copied))
+        model(torch.randn(5, 3))
+        changes.end(undo=torch.tensor(undo))
+        if undo:
+            torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert num_copied == [6, 4, 4]  # three buffers of the norm, and the codes
+    assert model.codes.tolist() == [1, 1]
+    assert int(model.norm.num_batches_tracked) == 1
+
+
+def test_the_counter_of_skipped_steps_is_saved():
+    task = LinearTask()
+    step, resumed = step_of(task), step_of(task)
+    for _ in range(3):
+        step([task.examples(0) * math.nan])
+    assert step.state_dict() == {"skipped_in_a_row": 3}
+    resumed.load_state_dict(step.state_dict())
+    resumed([task.examples(0) * math.nan])
+    assert resumed.skipped_in_a_row() == 4
+
+
+def scaler(scale: float = 2.0**20) -> torch.amp.GradScaler:
+    """Loss scaling as on a GPU."""
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+
+
+@pytest.mark.parametrize(("optimizer", "recorded"), [("adamw", False), ("adamw", True), ("adagrad", False)])
+def test_an_overflow_changes_nothing_and_halves_the_scale(recorders, optimizer, recorded):
+    task, scaling = LinearTask(dropout=0.0), scaler()
+    step = step_of(task, scaler=scaling, recorded=recorded, averages=0.9, optimizer=optimizer)
+    scales, kinds = [], []
     for index in range(8):
-        before = weights(task)
+        before = everything_of(step)
         batch = task.examples(index)
-        window.add(step([batch * 1e30 if index == 5 else batch]))
-        scales.append(accelerator.scaler.get_scale())
-        moved.append(any(not torch.equal(before[name], value) for name, value in weights(task).items()))
-    assert moved == [index != 5 for index in range(8)]
-    assert [scale / 2.0**20 for scale in scales] == [1.0, 1.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0]
-    sums = dict(zip(window._names, window._sums.tolist(), strict=True))
-    assert sums["overflow"] == 1
-    assert 0 < sums["norm"] < 1e6
-    assert window.num_steps == 8
+        values = logged(step, batch * 1e18 if index == 5 else batch)
+        kinds.append((values["skipped"], values["overflow"], values["norm"] > 0))
+        scales.append(scaling.get_scale() / 2.0**20)
+        same = all(torch.equal(value, before[0][name]) for name, value in task.model.state_dict().items())
+        assert same == (index == 5)
+        if same:
+            torch.testing.assert_close(everything_of(step), before, rtol=0, atol=0)
+    assert scales == [1.0, 1.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0]
+    assert kinds == [(0, 1, False) if index == 5 else (0, 0, True) for index in range(8)]
+    assert step.skipped_in_a_row() == 0
 
 
-def test_rates_and_states_are_plain_numbers_where_they_leave_the_optimizer():
-    model = torch.nn.Linear(2, 1)
-    optimizer = build_optimizer(model, loop_config(learning_rate=0.5), recorded=True)
-    rate = optimizer.param_groups[0]["lr"]
-    set_rate_(optimizer, 0.25)
-    assert optimizer.param_groups[0]["lr"] is rate
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    state = optimizer_state(optimizer)
-    assert state["param_groups"][0]["lr"] == 0.25
-    assert optimizer.param_groups[0]["lr"] is rate
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_bad_loss_is_no_overflow_and_leaves_the_scale(recorders, recorded):
+    task, scaling = LinearTask(dropout=0.0), scaler()
+    step = step_of(task, scaler=scaling, recorded=recorded)
+    scales = []
+    for index in range(8):
+        bad = index in (1, 3, 4)
+        values = logged(step, task.examples(index) * (math.nan if bad else 1.0))
+        assert (values["skipped"], values["overflow"]) == (bad, 0)
+        scales.append(scaling.get_scale() / 2.0**20)
+    assert scales == [1, 1, 1, 1, 1, 2, 2, 2]  # grown after the third good step
 
-    plain = build_optimizer(model, loop_config(learning_rate=0.1, weight_decay=0.3), recorded=False)
-    load_optimizer_state_(plain, state)
-    group = plain.param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["capturable"]) == (0.1, 0.3, False)
-    load_optimizer_state_(optimizer, optimizer_state(plain))
-    assert optimizer.param_groups[0]["lr"] is rate
-    assert optimizer.param_groups[0]["capturable"]
+
+def test_gradients_that_overflow_without_a_scale_are_skipped_and_counted():
+    """Else the scale would fall for ever and training never end."""
+    task, scaling = LinearTask(dropout=0.0), scaler(4.0)
+    bad_gradient(task)
+    step = step_of(task, scaler=scaling)
+    bad = task.examples(0)
+    bad[0, 0] = 7.0
+    kinds = [logged(step, bad) for _ in range(5)]
+    assert [(values["overflow"], values["skipped"]) for values in kinds] == [(1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]
+    assert scaling.get_scale() == 1.0
+    assert step.skipped_in_a_row() == 3
+
+
+def test_a_step_names_its_phases_for_the_profiler():
+    task = LinearTask()
+    step = step_of(task, gradient_accumulation_steps=2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(task.examples(index) for index in range(2))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert {name: counts.get(name) for name in ("data", "forward", "backward", "optimizer")} == {
+        "data": 3,  # the end of the batches, too
+        "forward": 2,
+        "backward": 2,
+        "optimizer": 1,
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
