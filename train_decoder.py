@@ -21,6 +21,7 @@ from data.features import FeatureConfig, load_item_features
 from data.processed import DatasetConfig, PreparedDataset, load_dataset
 from data.schemas import InputError
 from evaluate import EvaluationProtocol
+from evaluation.processes import Processes
 from evaluation.table import format_metrics
 from modules.artifact import save_model_artifact
 from modules.generation.beam import Normalize
@@ -30,19 +31,22 @@ from modules.tokenizer.legacy import is_legacy, load_legacy
 from modules.tokenizer.sequence import SequenceTokenizer
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from reports.plots import plot_run
+from reports.runs.report import write_run_report
 from tasks.retrieval import RetrievalTask
 from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
-from training.loop import TrainingResult, run_training
+from training.loop import run_training
 from training.loop_config import LoopConfig
 from training.processes import on_main, process_state
 from training.run_folder import RunFolder, RunOptions
 
 register(RetrievalModelConfig, ExampleStrategy)
 
+_HELD_OUT = ("valid", "test")
 
-@gin.configurable(module="train_decoder")
+
+@gin.configurable(module="train_decoder", denylist=["options"])
 def train(
     *,
     options: RunOptions,
@@ -61,6 +65,7 @@ def train(
     exclude_seen: bool | None = None,
     seed: int = 0,
     wandb_logging: bool = False,
+    tensorboard_logging: bool = False,
 ) -> Path:
     """Train a retrieval model on the histories of a data set.
 
@@ -83,9 +88,10 @@ def train(
             repeats an item.
         seed: of weights, batches and dropout.
         wandb_logging: also log to W&B.
+        tensorboard_logging: also log for TensorBoard.
 
     Returns:
-        Folder of the model artifact.
+        Folder of the model artifact. A trial ends there: it reads no test targets.
 
     Raises:
         InputError: for bad input, or a folder that holds another run.
@@ -104,6 +110,7 @@ def train(
     settings: dict[str, Any] = {"beam_width": beam_width, "max_history": max_history, "normalize": normalize}
     ranker = GenerativeRanker(retrieval_model, semantic_ids, **settings)
     process = process_state()
+    processes = Processes(process.process_index, process.num_processes)
     batches = TrainingBatches(
         prepared.histories,
         protocol.split.train,
@@ -122,9 +129,12 @@ def train(
         batches,
         tokenize=tokenize,
         item_keys=prepared.catalogue.item_keys,
-        validate=lambda: protocol.evaluate([ranker], "valid", max_users=max_valid_users, seed=seed),
+        validate=lambda: protocol.evaluate(
+            [ranker], "valid", max_users=max_valid_users, seed=seed, processes=processes
+        ),
     )
-    result = run_training(task, loop, run, seed=seed, resume=options.resume, wandb_logging=wandb_logging)
+    trackers = {"wandb_logging": wandb_logging, "tensorboard_logging": tensorboard_logging}
+    result = run_training(task, loop, run, seed=seed, resume=options.resume, **trackers)
 
     origin = {
         "dataset": dataset.to_dict(),
@@ -135,7 +145,11 @@ def train(
         "best_step": result.best_step,
     }
     on_main(lambda: save_model_artifact(run.model, retrieval_model, semantic_ids, origin, ranker_settings=settings))
-    on_main(lambda: _report(run, protocol, ranker, result))
+    if options.is_trial:
+        return run.model
+    metrics = _evaluated(run, protocol, ranker, processes)
+    run.write_metrics(metrics | {"best_step": result.best_step, "steps": result.steps, "seconds": result.seconds})
+    on_main(lambda: _report(run, protocol, metrics))
     return run.model
 
 
@@ -148,7 +162,8 @@ def load_tokenizer(
         InputError: if there is none, or its items are not those of the data set.
     """
     if path is None:
-        going_on = replace(options, resume="auto", overwrite=False)
+        stage = options.of("train_rqvae")
+        going_on = stage if stage.is_trial else replace(stage, resume="auto", overwrite=False)
         tokenizer = SemanticIdTokenizer.from_pretrained(train_rqvae.train(options=going_on, reuse_for=reuse_for))
     elif is_legacy(path):
         tokenizer = _tokenizer_of_legacy(path, prepared, features)
@@ -178,17 +193,25 @@ def _tokenizer_of_legacy(path: str, prepared: PreparedDataset, features: Feature
     )
 
 
-def _report(run: RunFolder, protocol: EvaluationProtocol, ranker: GenerativeRanker, result: TrainingResult) -> None:
-    """Evaluate the best weights beside the baselines on both held-out roles; the only time that test is read."""
+def _evaluated(
+    run: RunFolder, protocol: EvaluationProtocol, ranker: GenerativeRanker, processes: Processes
+) -> dict[str, float]:
+    """Metrics of the best weights beside the baselines on both held-out roles; the only time that test is read."""
     metrics: dict[str, float] = {}
-    for role in ("valid", "test"):
+    for role in _HELD_OUT:
         rankers = [ranker, *protocol.baselines()]
         ranks_path = run.root / f"ranks_{role}.safetensors"
-        metrics |= protocol.evaluate(rankers, role, ranks_path=ranks_path, progress=True)
+        metrics |= protocol.evaluate(rankers, role, ranks_path=ranks_path, progress=True, processes=processes)
+    return metrics
+
+
+def _report(run: RunFolder, protocol: EvaluationProtocol, metrics: dict[str, float]) -> None:
+    """Print the tables and plot what training logged."""
+    for role in _HELD_OUT:
         print(f"\n{role}, {protocol.describe()}\n{format_metrics(metrics, split=role)}")
-    run.write_metrics(metrics | {"best_step": result.best_step, "steps": result.steps, "seconds": result.seconds})
     plot_run(run.metrics_log, run.report)
-    print(f"model, metrics and plots: {run.root}")
+    write_run_report(run.report / "index.html", [run.root])
+    print(f"model, metrics and report/index.html: {run.root}")
 
 
 if __name__ == "__main__":

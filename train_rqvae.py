@@ -33,14 +33,15 @@ from training.cli import main
 from training.gin_config import register
 from training.loop import run_training
 from training.loop_config import LoopConfig
+from training.parameter_groups import ParameterGroup
 from training.processes import on_main, process_state
 from training.run_folder import RunFolder, RunOptions
 
-register(DatasetConfig, TablesConfig, FeatureConfig, RqVaeConfig, LoopConfig)
+register(DatasetConfig, TablesConfig, FeatureConfig, RqVaeConfig, LoopConfig, ParameterGroup)
 register(RecDataset, QuantizeMode, Distance, CollisionPolicy)
 
 
-@gin.configurable(module="train_rqvae")
+@gin.configurable(module="train_rqvae", denylist=["options", "reuse_for"])
 def train(
     *,
     options: RunOptions,
@@ -64,6 +65,7 @@ def train(
     max_evaluated_items: int = 200_000,
     seed: int = 0,
     wandb_logging: bool = False,
+    tensorboard_logging: bool = False,
     reuse_for: str | None = None,
 ) -> Path:
     """Train an RQ-VAE on the items of data sets and freeze it as a tokenizer for each.
@@ -95,6 +97,7 @@ def train(
         max_evaluated_items: items that an evaluation reads at most, drawn once.
         seed: of weights, k-means, batches and noise.
         wandb_logging: also log to W&B.
+        tensorboard_logging: also log for TensorBoard.
         reuse_for: run folder of the training that needs the tokenizer: the artifact of a finished run with these
             settings is returned instead of training again.
 
@@ -145,7 +148,8 @@ def train(
     task = RqVaeTask(rqvae, values, rows, valid_rows, item_keys=item_keys, settings=settings, num_batches=num_batches)
     facts: dict[str, float] = {"steps": 0, "seconds": 0.0, "best_step": 0}
     if model.encoder != "identity":
-        result = run_training(task, loop, run, seed=seed, resume=options.resume, wandb_logging=wandb_logging)
+        trackers = {"wandb_logging": wandb_logging, "tensorboard_logging": tensorboard_logging}
+        result = run_training(task, loop, run, seed=seed, resume=options.resume, **trackers)
         facts = {"steps": result.steps, "seconds": round(result.seconds, 1), "best_step": result.best_step}
 
     with torch.no_grad():

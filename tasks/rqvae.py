@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from data.batching import FeatureBatches
 from data.joined_rows import ChosenRows, RowMatrix
 from data.schemas import InputError
 from evaluation.codebook import check_collapse, codebook_health
+from evaluation.processes import Processes
 from modules.residual_kmeans import residual_kmeans
 from modules.rqvae import RqVae
 from modules.tokenizer.assign import assign_codes
@@ -119,6 +122,7 @@ class RqVaeTask:
         num_batches: int,
     ) -> None:
         process = process_state()
+        self._processes = Processes(process.process_index, process.num_processes)
         self.model: nn.Module = model
         self.selection_metric, self.higher_is_better = _SELECTION[settings.select_by]
         self._config = model.config
@@ -163,6 +167,8 @@ class RqVaeTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Losses over the validation items, codebook health over all items; both over a sample of very many.
 
+        Every process calls it and gets the metrics that one process alone would get.
+
         Raises:
             InputError: if a level uses fewer of its codes than min_codebook_use.
         """
@@ -174,17 +180,21 @@ class RqVaeTask:
         return losses | health.as_metrics()
 
     def _measure(self, model: nn.Module, rows: np.ndarray) -> tuple[dict[str, float], Tensor]:
-        """Mean losses and codes of some rows."""
-        device = next(model.parameters()).device
+        """Mean losses and codes of some rows, which the processes share; every one of them gets all."""
+        blocks = (rows[start : start + _EVALUATION_ROWS] for start in range(0, len(rows), _EVALUATION_ROWS))
         losses, codes = torch.zeros(3, dtype=torch.float64), []
-        for start in range(0, len(rows), _EVALUATION_ROWS):
-            block = np.array(self._features[rows[start : start + _EVALUATION_ROWS]], dtype=np.float32)
-            output = model(torch.from_numpy(block).to(device), temperature=self._settings.temperature[1])
-            parts = torch.stack([output.loss, output.reconstruction_loss, output.quantize_loss])
-            losses += parts.double().cpu() * len(block)
-            codes.append(output.codes.cpu())
+        for block_losses, block_codes in self._processes.map(partial(self._measure_block, model), blocks):
+            losses += block_losses
+            codes.append(block_codes)
         names = ("valid/loss", "valid/reconstruction", "valid/quantize")
         return dict(zip(names, (losses / len(rows)).tolist(), strict=True)), torch.cat(codes)
+
+    def _measure_block(self, model: nn.Module, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Losses [3] float64, summed over the rows, and their codes [B, L]; both on the CPU."""
+        values = torch.from_numpy(np.array(self._features[rows], dtype=np.float32))
+        output = model(values.to(next(model.parameters()).device), temperature=self._settings.temperature[1])
+        means = torch.stack([output.loss, output.reconstruction_loss, output.quantize_loss])
+        return means.double().cpu() * len(rows), output.codes.cpu()
 
 
 def initialize_(rqvae: RqVae, features: RowMatrix, train_rows: np.ndarray, settings: TokenizerSettings) -> None:
@@ -198,16 +208,16 @@ def initialize_(rqvae: RqVae, features: RowMatrix, train_rows: np.ndarray, setti
     first_rows = torch.from_numpy(np.asarray(features[chosen], dtype=np.float32))
     if rqvae.config.encoder == "skip":
         rqvae.set_principal_components_(first_rows)
-    rqvae.fit_autoencoder_(
-        first_rows, num_steps=settings.pretrain_steps, batch_size=settings.batch_size, seed=settings.seed
-    )
+    batch_size = settings.batch_size * process_state().num_processes
+    rqvae.fit_autoencoder_(first_rows, num_steps=settings.pretrain_steps, batch_size=batch_size, seed=settings.seed)
     rqvae.initialize_codebooks_(first_rows, num_rounds=settings.kmeans_rounds, seed=settings.seed)
 
 
 def by_codes(rqvae: RqVae, features: RowMatrix, rows: np.ndarray) -> np.ndarray:
-    """The rows in the order of their first codes, so that similar ones lie next to each other."""
+    """The rows in the order of their first codes, so that similar ones lie next to each other; the main process's."""
     codes = assign_codes(rqvae, ChosenRows(features, rows)).cpu().numpy()
-    return rows[np.lexsort(codes.T[::-1])]
+    (ordered,) = broadcast_object_list([rows[np.lexsort(codes.T[::-1])]])
+    return ordered
 
 
 def _sample(rows: np.ndarray, num_rows: int, seed: int) -> np.ndarray:

@@ -8,29 +8,35 @@ it would have done without the interruption, dropout included.
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
+from torch.nn.utils import get_total_norm
 
 from data.schemas import InputError
 from ops import describe_backend
+from training.averages import AveragedWeights
+from training.bad_batches import refuse_to_go_on
 from training.checkpoint import CheckpointStore
 from training.interrupt import InterruptGuard, TrainingInterrupted
 from training.loop_config import LoopConfig
-from training.optimizers import build_optimizer, load_optimizer_state_, optimizer_state, set_rate_
+from training.memory import estimate_memory
+from training.metrics_log import MetricsLog
+from training.optimizers import build_optimizer, set_rate_
+from training.parts import TrainingParts
 from training.processes import on_main, process_state
+from training.profile import WARMUP_STEPS, StepProfile
 from training.progress import Progress
 from training.random_state import random_state, restore_random_state
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, RunOptions
 from training.schedules import schedule_factor
 from training.step import OptimizerStep
 from training.task import Task
-from training.trackers import MetricsLog, tracker_names
 from training.window import Window
 
 
@@ -60,39 +66,50 @@ def run_training(
     seed: int,
     resume: str | None = None,
     wandb_logging: bool = False,
+    tensorboard_logging: bool = False,
     progress: bool | None = None,
 ) -> TrainingResult:
     """Train a task; afterwards `task.model` holds the best weights.
 
     Args:
         task: what to train.
-        config: how.
+        config: how; a trial (see `RunOptions`) takes a few of its steps.
         run: gets checkpoints and metrics.
         seed: of dropout and other draws during training; the model is built by the caller.
         resume: None, "auto" or a checkpoint's path.
-        wandb_logging: also log to W&B.
+        wandb_logging: also log to W&B; not in a trial.
+        tensorboard_logging: also log for TensorBoard; not in a trial.
         progress: True for a progress bar, False for lines, None for a bar on a terminal.
 
     Raises:
-        InputError: for a loss that is not finite, an unusable checkpoint, a full disk.
+        InputError: for losses or gradients that stay not finite, an unusable checkpoint, a full disk.
         TrainingInterrupted: after Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    accelerator = _accelerator(config, wandb_logging)
+    in_earnest = not run.options.is_trial
+    log = MetricsLog(
+        run,
+        {**asdict(config), "seed": seed},
+        wandb_logging=wandb_logging and in_earnest,
+        tensorboard_logging=tensorboard_logging and in_earnest,
+    )
+    accelerator = _accelerator(config)
     set_seed(seed, device_specific=True)
-    trainer = _Trainer(task, config, run, accelerator, seed)
-    return trainer.run(resume, progress)
+    return _Trainer(task, config, run, log, accelerator).run(resume, progress)
 
 
-def _accelerator(config: LoopConfig, wandb_logging: bool) -> Accelerator:
+def _accelerator(config: LoopConfig) -> Accelerator:
     """A fresh Accelerator; one process may train several models, each with its own precision."""
     device = process_state().device
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=config.precision_on(device),
-        log_with=tracker_names(wandb_logging),
-    )
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=config.precision_on(device))
+
+
+def _for_trial(config: LoopConfig, options: RunOptions) -> LoopConfig:
+    """A dry run takes two steps, a profile as many as it was asked for."""
+    if not options.is_trial:
+        return config
+    return config.for_trial(2 if options.profile is None else WARMUP_STEPS + options.profile)
 
 
 @dataclass
@@ -124,29 +141,40 @@ class _Begin:
 class _Trainer:
     """One training run; `run` and `_train` are the whole story."""
 
-    def __init__(self, task: Task, config: LoopConfig, run: RunFolder, accelerator: Accelerator, seed: int) -> None:
+    def __init__(
+        self, task: Task, asked: LoopConfig, run: RunFolder, log: MetricsLog, accelerator: Accelerator
+    ) -> None:
         self._task = task
-        self._config = config
+        self._asked = asked
+        self._config = config = _for_trial(asked, run.options)
         self._run = run
+        self._log = log
         self._accelerator = accelerator
         self._state = _State()
         self._store = CheckpointStore(run.checkpoints, config.keep_checkpoints)
-        self._log = MetricsLog(run, accelerator, {**asdict(config), "seed": seed})
         self._guard = InterruptGuard()
         self._uses_graphs = config.uses_cuda_graphs(accelerator.num_processes)
         task.model.to(accelerator.device)
-        self._optimizer = build_optimizer(task.model, config, recorded=self._uses_graphs)
+        optimizer = build_optimizer(task.model, config, recorded=self._uses_graphs)
+        averages = None if config.average_decay is None else AveragedWeights(task.model, config.average_decay)
         self._model = accelerator.prepare(task.model)
         # Accelerate casts inside forward alone; the step casts all of the task's loss, and evaluation stays in fp32.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(task.model).pop(name, None)
         self._optimizer_step = OptimizerStep(
-            task, self._model, self._optimizer, accelerator=accelerator, config=config, recorded=self._uses_graphs
+            task,
+            self._model,
+            optimizer,
+            accelerator=accelerator,
+            config=config,
+            recorded=self._uses_graphs,
+            averages=averages,
         )
         self._rate_factor = schedule_factor(
             config.schedule, warmup_steps=config.warmup_steps, num_steps=config.num_steps
         )
-        self._window = Window(accelerator, overflow_allowed=accelerator.scaler is not None)
+        window = Window(accelerator)
+        self._parts = TrainingParts(task.model, optimizer, self._optimizer_step, averages, window, accelerator)
         self._saved = self._state.position
         self._learning_rate = config.learning_rate
 
@@ -155,15 +183,19 @@ class _Trainer:
         is_main = self._accelerator.is_main_process
         self._progress = Progress(num_steps=self._config.num_steps, bar=bar, enabled=is_main)
         try:
-            self._resume(resume)
+            checkpoint = self._chosen(resume)
             self._announce()
+            self._begin_after(checkpoint)
             self._begin = _Begin(self._state.step, self._state.seconds, time.perf_counter())
-            with self._guard:
+            with self._guard, self._profiled() as self._profile:
                 stopped_because = self._train()
+            if self._profile is not None:
+                self._progress.say(self._profile.report())
+            on_main(self._store.wait)
         finally:
             self._progress.close()
             self._log.close()
-        self._accelerator.wait_for_everyone()
+            self._store.close()
         self._store.load_best(self._task.model)
         state = self._state
         assert state.best_metric is not None
@@ -172,16 +204,17 @@ class _Trainer:
     def _train(self) -> str:
         config, state = self._config, self._state
         self._model.train()
-        self._window.restart_clock()
+        self._parts.window.restart_clock()
         while True:
             finished, interrupted = self._finished(), self._agreed(self._guard.requested)
             due = state.evaluated_step < state.step and (state.step % config.eval_every == 0 or finished)
             if due and not interrupted:
-                self._aside(self._evaluate)
+                self._aside("evaluation", self._evaluate)
                 finished, interrupted = finished or self._finished(), self._agreed(self._guard.requested)
             if state.position != self._saved and (state.step % config.checkpoint_every == 0 or finished or interrupted):
-                self._aside(self._save)
+                self._aside("checkpoint", self._save)
             if interrupted:
+                on_main(self._store.wait)
                 self._progress.say(f"stopped at step {state.step}; continue with --resume auto")
                 raise TrainingInterrupted(f"stopped at step {state.step}")
             if finished:
@@ -205,19 +238,23 @@ class _Trainer:
         step, count = self._state.step, self._config.gradient_accumulation_steps
         self._set_rate(self._config.learning_rate * self._rate_factor(step))
         batches = (self._task.batch(number) for number in range(step * count, (step + 1) * count))
-        self._window.add(self._optimizer_step(batches))
+        self._parts.window.add(self._optimizer_step(batches))
         self._state.step += 1
         self._progress.advance()
+        if self._profile is not None:
+            self._profile.advance()
 
     def _set_rate(self, rate: float) -> None:
         if rate != self._learning_rate:
-            set_rate_(self._optimizer, rate)
+            set_rate_(self._parts.optimizer, rate)
             self._learning_rate = rate
 
     def _log_window(self) -> None:
         self._require_finite()
-        values = self._window.read() | {"train/learning_rate": self._learning_rate}
-        self._window.reset()
+        on_main(self._store.raise_failure)
+        window = self._parts.window
+        values = window.read() | {"train/learning_rate": self._learning_rate}
+        window.reset()
         self._log.write(self._state.step, self._seconds(), values)
         self._progress.log(
             self._state.step,
@@ -226,15 +263,26 @@ class _Trainer:
             examples_per_second=values["train/examples_per_second"],
             left=self._seconds_left(),
         )
+        if values["train/skipped_steps"]:
+            self._progress.say(
+                f"warning: {values['train/skipped_steps']:.0f} of the steps since the last log were skipped, since "
+                "their loss or gradient was not finite"
+            )
 
     def _require_finite(self) -> None:
-        if self._agreed_now(not self._window.is_finite()):
-            step, last = self._state.step, self._store.last()
-            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise InputError(
-                f"loss or gradient became infinite or NaN between steps {step - self._window.num_steps + 1} and "
-                f"{step}; {kept}. Lower LoopConfig.learning_rate, raise LoopConfig.warmup_steps, or set "
-                'LoopConfig.mixed_precision = "no".'
+        """Stop where steps have been skipped for too long, or the weights themselves are no numbers any more."""
+        skipped = self._optimizer_step.skipped_in_a_row()
+        weights = [parameter.detach() for parameter in self._task.model.parameters()]
+        weights_are_finite = bool(get_total_norm(weights).isfinite())
+        if self._agreed_now(not weights_are_finite or skipped >= self._config.max_skipped_steps):
+            refuse_to_go_on(
+                self._task,
+                self._run,
+                last_step=self._state.step,
+                num_skipped=skipped,
+                weights_are_finite=weights_are_finite,
+                batches_per_step=self._config.gradient_accumulation_steps,
+                last_checkpoint=self._store.last(),
             )
 
     def _evaluate(self) -> None:
@@ -243,14 +291,19 @@ class _Trainer:
         device, model, metrics = self._accelerator.device, self._task.model, None
         before = random_state(device)
         model.eval()
-        with self._guard.abandonable() if self._accelerator.num_processes == 1 else nullcontext(), torch.no_grad():
-            metrics = self._task.evaluate(model)
+        with self._averaged():
+            with self._guard.abandonable() if self._accelerator.num_processes == 1 else nullcontext(), torch.no_grad():
+                metrics = self._task.evaluate(model)
+            if metrics is not None:
+                shared = [metrics]
+                broadcast_object_list(shared)
+                self._record_evaluation(shared[0])
         model.train()
         restore_random_state(before, device)
-        if metrics is not None:
-            shared = [metrics]
-            broadcast_object_list(shared)
-            self._record_evaluation(shared[0])
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The model holds the averages of its weights meanwhile, where there are any."""
+        return nullcontext() if self._parts.averages is None else self._parts.averages.applied()
 
     def _record_evaluation(self, metrics: dict[str, float]) -> None:
         state, name = self._state, self._task.selection_metric
@@ -271,28 +324,34 @@ class _Trainer:
         self._progress.say(f"step {state.step}: {name} {value:.4g} ({note})")
 
     def _save(self) -> None:
+        """Copy what a checkpoint holds; it is written while training goes on."""
         self._require_finite()
-        state = {
-            "model": self._task.model.state_dict(),
-            "optimizer": optimizer_state(self._optimizer),
-            "scaler": self._accelerator.scaler.state_dict() if self._accelerator.scaler else None,
-            "window": self._window.state_dict(),
-            "random": gather_object([random_state(self._accelerator.device)]),
-        }
-        progress = {**asdict(self._state), "seconds": self._seconds()}
-        on_main(lambda: self._store.save(self._state.step, state, progress))
+        parts, progress = self._parts.state_dict(), {**asdict(self._state), "seconds": self._seconds()}
+        on_main(lambda: self._store.save(self._state.step, parts, progress))
         self._saved = self._state.position
 
     def _announce(self) -> None:
-        """Say once, and note in env.json, how this run computes."""
+        """Say once, and note in env.json, how this run computes and what memory it asks for."""
         device = self._accelerator.device
         backend = describe_backend(device.type)
         graphs = "the training step as CUDA graphs" if self._uses_graphs else "without CUDA graphs"
         precision = self._accelerator.mixed_precision
+        memory = estimate_memory(self._task, self._config, device)
         self._progress.say(f"{backend}, {graphs}, mixed precision {precision}")
-        self._run.note(ops=backend, cuda_graphs=self._uses_graphs, mixed_precision=precision)
+        self._progress.say(memory.describe())
+        self._run.note(
+            ops=backend, cuda_graphs=self._uses_graphs, mixed_precision=precision, memory_estimate=memory.as_json()
+        )
 
-    def _resume(self, resume: str | None) -> None:
+    def _profiled(self) -> AbstractContextManager[StepProfile | None]:
+        num_steps = self._run.options.profile
+        if num_steps is None or not self._accelerator.is_main_process:
+            return nullcontext()
+        every = {"evaluation": self._asked.eval_every, "checkpoint": self._asked.checkpoint_every}
+        return StepProfile(self._run.root / "profile", num_steps, self._accelerator.device, every=every)
+
+    def _chosen(self, resume: str | None) -> Path | None:
+        """The checkpoint to go on from, agreed on by all processes."""
         chosen: list[Path | None] = [None]
 
         def choose() -> None:
@@ -303,40 +362,31 @@ class _Trainer:
 
         on_main(choose)
         broadcast_object_list(chosen)
-        if chosen[0] is not None:
-            self._load(chosen[0])
-            self._progress.say(f"resumed from {chosen[0]}")
+        return chosen[0]
+
+    def _begin_after(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self._load(checkpoint)
         self._run.drop_metrics_after(self._state.step, evaluated_step=self._state.evaluated_step)
+        self._log.start(self._state.step, say=self._progress.say)
         self._progress.start(self._state.step)
 
     def _load(self, checkpoint: Path) -> None:
         state, progress = self._store.read(checkpoint)
-        index, count = self._accelerator.process_index, self._accelerator.num_processes
-        if len(state["random"]) != count:
-            raise InputError(
-                f"{checkpoint} was saved by {len(state['random'])} processes, this run has {count}. Start as many."
-            )
         try:
-            self._task.model.load_state_dict(state["model"])
-            load_optimizer_state_(self._optimizer, state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            summary = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"{checkpoint} does not fit this model or optimizer: {summary} Resume with the config of that run, "
-                "or start again with --overwrite."
-            ) from error
-        if self._accelerator.scaler and state["scaler"]:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
-        self._window.load_state_dict(state["window"])
+            self._parts.load_state_dict(state)
+        except InputError as error:
+            raise InputError(f"{checkpoint} {error}") from error
         self._state = _State(**progress)
         self._saved = self._state.position
-        restore_random_state(state["random"][index], self._accelerator.device)
+        self._progress.say(f"resumed from {checkpoint}: step {self._state.step} of {self._config.num_steps}")
 
-    def _aside(self, work: Callable[[], None]) -> None:
+    def _aside(self, name: str, work: Callable[[], None]) -> None:
         """Do something whose time does not count as time of steps."""
         started = time.perf_counter()
-        work()
-        self._window.pause(time.perf_counter() - started)
+        with nullcontext() if self._profile is None else self._profile.aside(name):
+            work()
+        self._parts.window.pause(time.perf_counter() - started)
 
     def _agreed(self, flag: bool) -> bool:
         """Whether any process raises the flag; several processes ask each other at log steps only."""

@@ -49,7 +49,9 @@ class Task(Protocol):
 
         A function of the batch and of the model's weights alone: on CUDA devices it may be recorded and replayed
         (see `ops/graphs.py`), so whatever else changes from step to step is a tensor of the batch. `model` may be
-        wrapped for several processes: call it, and read attributes from the task's own.
+        wrapped for several processes: call it, and read attributes from the task's own. What it writes in place into
+        the model's parameters, it writes from the first step on, so that a step that is skipped can put it back;
+        buffers that checkpoints leave out are constants.
         """
         ...
 

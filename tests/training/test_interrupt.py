@@ -78,7 +78,7 @@ def test_a_signal_finishes_the_step_saves_and_resumes_exactly(script, number):
     assert error.splitlines()[-1].startswith("interrupted: stopped at step ")
     stopped = json.loads((script.newest("cut") / "progress.json").read_text())["step"]
     assert 4 <= stopped < 20
-    error = script.finish("cut", "--resume", "auto")
+    error = script.finish("cut", "--resume", "auto", "--allow-changes")
     assert "resumed from " in error
     states = [torch.load(script.newest(root) / "state.pt")["model"] for root in ("whole", "cut")]
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
@@ -90,7 +90,7 @@ def test_a_signal_leaves_a_long_evaluation_at_once_and_repeats_it_after_resuming
     assert code == 130
     assert "continue with --resume auto" in error
     assert script.newest("cut").name == "step_00000020"
-    error = script.finish("cut", "--resume", "auto")
+    error = script.finish("cut", "--resume", "auto", "--allow-changes")
     assert error.count("evaluating") == 2
     records = [json.loads(line) for line in (script.folder / "cut/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "valid/error" in record] == [20, 40]
@@ -99,7 +99,7 @@ def test_a_signal_leaves_a_long_evaluation_at_once_and_repeats_it_after_resuming
 @pytest.mark.slow
 def test_the_second_signal_leaves_at_once(script):
     process = script.start("cut", "--gin.train.step_seconds=300")
-    while "batch 0" not in process.stderr.readline():
+    while "batch 1" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):

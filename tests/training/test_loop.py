@@ -11,6 +11,8 @@ from tests.training.tiny import LinearTask, loop_config, train_tiny, weights
 from training.interrupt import TrainingInterrupted
 from training.loop import run_training
 from training.loop_config import LoopConfig, processor_has_bf16
+from training.parameter_groups import ParameterGroup
+from training.profile import WARMUP_STEPS
 from training.run_folder import RunFolder, RunOptions
 
 
@@ -67,7 +69,14 @@ def test_best_weights_are_restored_when_training_gets_worse(tmp_path):
 @pytest.mark.parametrize("stop_before", [5, 7, 10, 13])
 @pytest.mark.parametrize("optimizer", ["adamw", "adagrad"])
 def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path, stop_before, optimizer):
-    settings = {"optimizer": optimizer, "schedule": "cosine", "warmup_steps": 4, "weight_decay": 0.01}
+    settings = {
+        "optimizer": optimizer,
+        "schedule": "cosine",
+        "warmup_steps": 4,
+        "weight_decay": 0.01,
+        "average_decay": 0.9,
+        "parameter_groups": (ParameterGroup(parameters=("*.bias",), learning_rate_factor=0.5, weight_decay=0.0),),
+    }
     whole = LinearTask()
     expected = train_tiny(tmp_path / "whole", whole, **settings)
     with pytest.raises(TrainingInterrupted):
@@ -79,6 +88,42 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(tmp_path, stop_before
     assert (result.best_metric, result.best_step) == (expected.best_metric, expected.best_step)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     assert resumed.evaluated == [step for step in whole.evaluated if step > stop_before - stop_before % 5 or step == 0]
+
+
+def test_the_averages_of_the_weights_are_evaluated_and_kept(tmp_path):
+    averaged, plain = LinearTask(), LinearTask()
+    train_tiny(tmp_path / "averaged", averaged, average_decay=0.99)
+    train_tiny(tmp_path / "plain", plain)
+    last = {name: torch.load(tmp_path / name / "checkpoints/step_00000020/state.pt") for name in ("averaged", "plain")}
+    torch.testing.assert_close(last["averaged"]["model"], last["plain"]["model"], rtol=0, atol=0)
+    kept = last["averaged"]["averages"]["averages"]
+    torch.testing.assert_close(weights(averaged), kept, rtol=0, atol=0)
+    assert not torch.equal(weights(averaged)["0.weight"], weights(plain)["0.weight"])
+
+
+def trial(root, **options):
+    run = RunFolder.open(root, RunOptions(**options), seed=3)
+    task = LinearTask()
+    return run_training(task, loop_config(num_steps=1000, warmup_steps=100), run, seed=3), task, run.root
+
+
+def test_a_dry_run_takes_two_steps_evaluates_saves_and_leaves_the_run_alone(tmp_path):
+    train_tiny(tmp_path / "run", LinearTask(), num_steps=5)
+    before = sorted(tmp_path.glob("run/**/*"))
+    result, task, root = trial(tmp_path / "run", dry_run=True)
+    assert (result.steps, task.evaluated, root) == (2, [2], tmp_path / "run-dry-run")
+    assert (root / "checkpoints/step_00000002/state.pt").is_file()
+    assert sorted(tmp_path.glob("run/**/*")) == before
+    assert trial(tmp_path / "run", dry_run=True)[0].steps == 2  # replaces the first
+
+
+def test_a_profile_measures_the_steps_asked_for_and_an_evaluation(tmp_path, capsys):
+    result, task, root = trial(tmp_path / "run", profile=3)
+    assert (result.steps, task.evaluated) == (WARMUP_STEPS + 3, [WARMUP_STEPS + 3])
+    printed = capsys.readouterr().err
+    for phase in ("data", "forward", "backward", "optimizer", "evaluation"):
+        assert phase in printed
+    assert json.loads((root / "profile/trace.json").read_text())["traceEvents"]
 
 
 def test_dropout_is_on_so_that_the_resume_test_can_fail(tmp_path):
@@ -177,6 +222,7 @@ def test_log_records_means_since_the_last_log(tmp_path):
 
     task.loss = loss
     train_tiny(tmp_path / "run", task, num_steps=7, schedule="linear", warmup_steps=2)
+    del losses[0]  # of the estimate of memory
     training = [record for record in logged(tmp_path / "run") if "train/loss" in record]
     assert [record["step"] for record in training] == [5, 7]
     assert training[0]["train/loss"] == pytest.approx(sum(losses[:5]) / 5, rel=1e-6)
@@ -202,21 +248,58 @@ def test_gradients_are_clipped(tmp_path):
     assert max((weights(clipped)[name] - start[name]).abs().max() for name in start) < 5e-3
 
 
-def test_nan_loss_is_an_error_that_names_step_and_last_good_checkpoint(tmp_path):
-    with pytest.raises(InputError, match=r"between steps 11 and 15; the last good checkpoint is .*step_00000010"):
-        train_tiny(tmp_path / "run", LinearTask(poison_step=12))
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*")) == [
-        "step_00000005",
-        "step_00000010",
-    ]
+def test_a_step_that_is_not_finite_is_skipped_counted_and_told(tmp_path, capsys):
+    task = LinearTask(poisoned=range(11, 13))
+    result = train_tiny(tmp_path / "run", task, max_skipped_steps=3)
+    assert result.steps == 20
+    assert all(value.isfinite().all() for value in weights(task).values())
+    training = {record["step"]: record for record in logged(tmp_path / "run") if "train/loss" in record}
+    assert [training[step]["train/skipped_steps"] for step in (5, 10, 15, 20)] == [0, 0, 2, 0]
+    assert math.isfinite(training[15]["train/loss"])
+    assert "2 of the steps since the last log were skipped" in capsys.readouterr().err
+
+
+def test_steps_that_stay_not_finite_end_in_an_error_that_names_step_items_and_checkpoint(tmp_path):
+    message = (
+        r"in 4 steps in a row, 12 to 15, .* the last good checkpoint is .*step_00000010\. "
+        r"The batch of step 12 held the items 11\.0, 11\.1, 11\.2, 11\.3, 11\.4 and 3 more"
+    )
+    with pytest.raises(InputError, match=message):
+        train_tiny(tmp_path / "run", LinearTask(poisoned=range(11, 99)), max_skipped_steps=4)
+    checkpoints = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert checkpoints == ["step_00000005", "step_00000010"]
+    held = json.loads((tmp_path / "run/report/bad_batch.json").read_text())
+    assert held == {"step": 12, "items": [f"11.{row}" for row in range(8)]}
     again = train_tiny(tmp_path / "run", LinearTask(), resume="auto")
     assert again.steps == 20
 
 
-def test_nan_never_reaches_a_checkpoint(tmp_path):
-    with pytest.raises(InputError, match="there is no checkpoint yet"):
-        train_tiny(tmp_path / "run", LinearTask(poison_step=2), log_every=1000, eval_every=1000)
-    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+def test_skipped_steps_are_counted_through_a_resume(tmp_path):
+    """Nine bad steps before the cut and two after it are eleven in a row."""
+    with pytest.raises(TrainingInterrupted):
+        train_tiny(tmp_path / "run", StoppingTask(9, poisoned=range(1, 99)), max_skipped_steps=11, log_every=2)
+    with pytest.raises(InputError, match="in 11 steps in a row, 2 to 12"):
+        train_tiny(
+            tmp_path / "run", LinearTask(poisoned=range(1, 99)), max_skipped_steps=11, log_every=2, resume="auto"
+        )
+
+
+def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
+    task = LinearTask(dropout=0.0)
+    plain = task.batch
+
+    def batch(step):
+        if step == 7:
+            task.model[0].weight.data.fill_(math.inf)
+        return plain(step)
+
+    task.batch = batch
+    with pytest.raises(
+        InputError,
+        match="weights have been infinite or NaN since step 8 or a little before; ",
+    ):
+        train_tiny(tmp_path / "run", task)
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000005"]
 
 
 def test_nan_selection_metric_is_an_error(tmp_path):
@@ -320,9 +403,10 @@ def test_plain_lines_when_stderr_is_no_terminal(tmp_path, capsys):
     train_tiny(tmp_path / "run", LinearTask(), num_steps=10)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("ops run ")
-    assert lines[1].startswith("step 5/10  loss ")
-    assert " examples/s " in lines[1]
-    assert lines[1].endswith(" left")
+    assert lines[1].startswith("training takes about ")
+    assert lines[2].startswith("step 5/10  loss ")
+    assert " examples/s " in lines[2]
+    assert lines[2].endswith(" left")
     assert any(line.startswith("step 10: valid/error ") and line.endswith("(best so far)") for line in lines)
 
 

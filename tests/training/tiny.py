@@ -14,11 +14,11 @@ class LinearTask:
     selection_metric = "valid/error"
     higher_is_better = False
 
-    def __init__(self, *, dropout: float = 0.5, batch_size: int = 8, poison_step: int | None = None) -> None:
+    def __init__(self, *, dropout: float = 0.5, batch_size: int = 8, poisoned: range = range(0)) -> None:
         torch.manual_seed(11)
         self.model: nn.Module = nn.Sequential(nn.Linear(4, 16), nn.Dropout(dropout), nn.Linear(16, 1))
         self._batch_size = batch_size
-        self._poison_step = poison_step
+        self._poisoned = poisoned
         self.evaluated: list[int] = []
 
     def examples(self, step: int) -> Tensor:
@@ -29,7 +29,7 @@ class LinearTask:
     def batch(self, step: int) -> Tensor:
         self.last_step = step
         examples = self.examples(step)
-        return examples * float("nan") if step == self._poison_step else examples
+        return examples * float("nan") if step in self._poisoned else examples
 
     def item_keys(self, step: int) -> list[str]:
         return [f"{step}.{row}" for row in range(self._batch_size)]
