@@ -148,7 +148,7 @@ def show_places() -> None:
     """Where everything lies, and what to call next."""
     heading("Written")
     print(f"  dataset/prepared/demo   prepared tables, histories and splits\n  {TOKENIZER_RUN}/model   tokenizer")
-    print(f"  {RUN}/model   retrieval model with its tokenizer\n  {RUN}/report  plots of loss and metrics")
+    print(f"  {RUN}/model   retrieval model with its tokenizer\n  {RUN}/report/index.html  curves and metrics")
     print(f"  {RUN}/metrics.json, metrics.jsonl, ranks_test.safetensors\n")
     print(f"Next: python recommend.py {RUN} --history KEY [KEY ...]   or   python evaluate.py {RUN}")
 
