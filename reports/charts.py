@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from reports.markup import Markup, element, join
 
@@ -16,7 +17,7 @@ class Line:
     Attributes:
         name: for the legend.
         xs: ascending.
-        ys: as many; a value that is not finite, or not positive on a logarithmic axis, ends the line there.
+        ys: as many; a value that is not finite, or not positive on a logarithmic axis, is left out.
         style: class of its colour.
     """
 
@@ -115,11 +116,15 @@ def _spoken(title: str, lines: Sequence[Line]) -> str:
 
 
 def _thinned(line: Line) -> Line:
-    """At most so many points, the first and the last among them."""
-    count = len(line.xs)
+    """At most so many points: the ends, and the lowest and the highest of every stretch between, so that peaks stay."""
+    finite = [place for place, y in enumerate(line.ys) if math.isfinite(y)]
+    count, stretches = len(finite), _MAX_POINTS // 2 - 1
     if count <= _MAX_POINTS:
         return line
-    places = [round(index * (count - 1) / (_MAX_POINTS - 1)) for index in range(_MAX_POINTS)]
+    bounds = [1 + index * (count - 2) // stretches for index in range(stretches + 1)]
+    inner = [finite[begin:end] for begin, end in pairwise(bounds)]
+    extremes = {first(places, key=line.ys.__getitem__) for places in inner for first in (min, max)}
+    places = [finite[0], *sorted(extremes), finite[-1]]
     return Line(line.name, [line.xs[place] for place in places], [line.ys[place] for place in places], line.style)
 
 

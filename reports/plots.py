@@ -22,6 +22,8 @@ _LEVEL = re.compile(r"_level_\d+$")
 _CONFIDENCE_BOUND = re.compile(r"_(low|high)$")
 _LOOP_FACTS = ("train/examples_per_second", "train/skipped_steps", "train/overflow_steps")
 _SLICE_SIZE = re.compile(r"/count$")
+_TOO_LARGE = 1e300
+"""From here on, differences of two numbers may overflow."""
 
 
 def plot_run(metrics_log: Path, report: Path) -> list[Path]:
@@ -77,24 +79,32 @@ def read_records(metrics_log: Path) -> list[dict[str, Any]]:
 
 
 def curves_of(records: Iterable[dict[str, Any]]) -> dict[str, Curve]:
-    """Steps and values by name; confidence bounds and sizes of slices are no curves, nor is what is not finite."""
+    """Steps and values by name; confidence bounds and sizes of slices are no curves, and only a `number` is a value."""
     curves: dict[str, Curve] = defaultdict(lambda: ([], []))
     for record in records:
         for name, value in record.items():
             is_bound = _CONFIDENCE_BOUND.search(name) or _SLICE_SIZE.search(name)
-            if name not in ("step", "seconds") and not is_bound and isinstance(value, int | float):
+            if name not in ("step", "seconds") and not is_bound and number(value) is not None:
                 steps, values = curves[name]
                 steps.append(record["step"])
                 values.append(value)
     return curves
 
 
+def number(value: Any) -> float | None:
+    """The value if it is a number that can be drawn: finite, and no flag; else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < _TOO_LARGE else None
+
+
 def _record(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else {}
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return {}
+    return record if number(record["step"]) is not None else {}
 
 
 def _figure_of(name: str) -> str:

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from reports.parts import NOTHING, count
+from reports.plots import number
 from reports.runs.reading import Run
 
 GOOD, WARN, BAD = "good", "warn", "bad"
@@ -16,7 +16,7 @@ class Outcome:
 
     Attributes:
         status: good, warn or bad.
-        state: "finished" and the like.
+        state: "finished", "not finished" or "trial".
         reason: a sentence on why it ended where it did.
         step: the last one that is known of.
         num_steps: asked for; None where that is not known.
@@ -48,22 +48,23 @@ def outcome_of(run: Run) -> Outcome:
     """Judge a run by what its folder holds."""
     final = run.metrics or {}
     last = run.records[-1] if run.records else {}
-    step = max(int(_number(value) or 0) for value in (run.progress.get("step"), last.get("step"), final.get("steps")))
+    step = max(int(number(value) or 0) for value in (run.progress.get("step"), last.get("step"), final.get("steps")))
     num_steps = run.loop_setting("num_steps")
-    best_step = _number(final.get("best_step", run.progress.get("best_step")))
-    name, best = _selection(run, best_step)
-    seconds = _number(final.get("seconds", last.get("seconds", run.progress.get("seconds"))))
+    best_step = number(final.get("best_step", run.progress.get("best_step")))
+    best = number(run.progress.get("best_metric"))
+    name, higher_is_better = _selection(run, best)
+    seconds = number(final.get("seconds", last.get("seconds", run.progress.get("seconds"))))
     skipped, overflowed = (_total(run, f"train/{kind}_steps") for kind in ("skipped", "overflow"))
     not_finite = bool(run.curves) and _last_loss(run) is None
     finished = run.metrics is not None
     return Outcome(
-        status=BAD if not_finite and not finished else GOOD if finished and not skipped else WARN,
-        state="finished" if finished else "not finished",
+        status=BAD if not_finite and not finished else GOOD if (finished or run.trial) and not skipped else WARN,
+        state="finished" if finished else "trial" if run.trial else "not finished",
         reason=_reason(run, step, num_steps, seconds),
         step=step,
-        num_steps=num_steps,
+        num_steps=None if num_steps is None else int(num_steps),
         selection_metric=name,
-        higher_is_better=_direction(run, name, best),
+        higher_is_better=higher_is_better,
         best_metric=best,
         best_step=None if best_step is None or best is None else int(best_step),
         seconds=seconds,
@@ -73,12 +74,14 @@ def outcome_of(run: Run) -> Outcome:
     )
 
 
-def _reason(run: Run, step: int, num_steps: int | None, seconds: float | None) -> str:
+def _reason(run: Run, step: int, num_steps: float | None, seconds: float | None) -> str:
+    if run.trial:
+        return f"A trial (--{run.trial}) of {count(step, 'step')}, which has no final metrics."
     patience, minutes = run.loop_setting("patience"), run.loop_setting("max_minutes")
     if num_steps is not None and step >= num_steps:
-        ended = f"All {count(num_steps, 'step')} were done."
-    elif patience is not None and (_number(run.progress.get("evaluations_without_improvement")) or 0) >= patience:
-        ended = f"It stopped because {count(patience, 'evaluation')} in a row brought no improvement."
+        ended = f"All {count(int(num_steps), 'step')} were done."
+    elif patience is not None and (number(run.progress.get("evaluations_without_improvement")) or 0) >= patience:
+        ended = f"It stopped because {count(int(patience), 'evaluation')} in a row brought no improvement."
     elif minutes is not None and (seconds or 0) >= 60 * minutes:
         ended = f"It stopped because its time was over (max_minutes = {minutes:g})."
     elif run.metrics is not None and step == 0:
@@ -92,7 +95,7 @@ def _reason(run: Run, step: int, num_steps: int | None, seconds: float | None) -
 
 def _advice(run: Run, metric: str | None, best_step: float | None, skipped: int, not_finite: bool) -> list[str]:
     advice = []
-    if run.metrics is None:
+    if run.metrics is None and not run.trial:
         advice.append("Start the same command with --resume auto to go on from the newest checkpoint.")
     if not_finite or skipped:
         advice.append(
@@ -115,47 +118,44 @@ def _rankers_ahead(run: Run, selection_metric: str | None) -> list[str]:
     ranker, *_, metric = selection_metric.split("/")
     place = f"/test/all/{metric}"
     scores = {key.removesuffix(place): value for key, value in (run.metrics or {}).items() if key.endswith(place)}
-    own = _number(scores.get(ranker))
+    own = number(scores.get(ranker))
     return [
         f"{other} ranks better than {ranker}: {metric} {score:.4f} against {own:.4f} on test."
         for other, score in scores.items()
-        if own is not None and score > own
+        if own is not None and (number(score) or 0.0) > own
     ]
 
 
-def _selection(run: Run, best_step: float | None) -> tuple[str | None, float | None]:
-    """Name and value of the metric that chose the weights: the one that had the best value at the best step."""
-    best = _number(run.progress.get("best_metric"))
-    if best is None:
-        return None, None
-    for record in run.records:
-        if record["step"] == best_step:
-            for name, value in record.items():
-                if name in run.curves and value == best:
-                    return name, best
-    return None, best
+def _selection(run: Run, best: float | None) -> tuple[str | None, bool | None]:
+    """Name of the metric that chose the weights, and whether more of it is better; None for what cannot be told.
 
-
-def _direction(run: Run, name: str | None, best: float | None) -> bool | None:
-    """Whether more of a metric is better: the best of its values is the highest, or the lowest."""
-    values = run.curves[name][1] if name else []
-    if best is None or len(set(values)) < 2:
-        return None
-    return best == max(values)
+    It is the one whose highest or lowest value, of the evaluations that the checkpoint knows of, is the best metric,
+    and was first reached at the best step.
+    """
+    best_step, last = number(run.progress.get("best_step")), number(run.progress.get("evaluated_step"))
+    for name, curve in run.curves.items():
+        values: dict[float, float] = dict(zip(*curve, strict=True))
+        values = {step: value for step, value in values.items() if last is None or step <= last}
+        if best is None or best_step not in values or values[best_step] != best:
+            continue
+        fitting = [
+            higher
+            for higher, first in ((True, max), (False, min))
+            if first(values, key=values.__getitem__) == best_step
+        ]
+        if fitting:
+            return name, fitting[0] if len(fitting) == 1 else None
+    return None, None
 
 
 def _last_loss(run: Run) -> float | None:
     """Training loss of the last log; None where it was not finite."""
     logged = [record["train/loss"] for record in run.records if "train/loss" in record]
-    return _number(logged[-1]) if logged else math.inf
+    return number(logged[-1]) if logged else math.inf
 
 
 def _total(run: Run, name: str) -> int:
     return round(sum(run.curves[name][1])) if name in run.curves else 0
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def duration(seconds: float | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.schemas import InputError
-from reports.plots import Curve, curves_of, read_records
+from reports.plots import Curve, curves_of, number, read_records
 
 _MARKS = ("env.json", "metrics.jsonl", "operative_config.gin")
 
@@ -52,17 +52,23 @@ class Run:
         return dict(curves_of(self.records))
 
     @property
+    def trial(self) -> str | None:
+        """Kind of a short run that was started to try things out, such as "dry-run"; None for one in earnest."""
+        trial = self.environment.get("trial")
+        return trial if isinstance(trial, str) else None
+
+    @property
     def changes(self) -> list[dict[str, Any]]:
         """Settings that were changed when the run went on."""
         changes = self.environment.get("changes")
         return [change for change in changes if isinstance(change, dict)] if isinstance(changes, list) else []
 
-    def loop_setting(self, name: str) -> Any:
-        """A value of the LoopConfig that the run trained with; None where it is not known."""
+    def loop_setting(self, name: str) -> float | None:
+        """A number of the LoopConfig that the run trained with; None where it is not set or not known."""
         loop = self._of_script("loop")
         setting = self.settings.get(f"{loop.strip('@()')}.{name}") if loop else None
         try:
-            return ast.literal_eval(setting.value) if setting else None
+            return number(ast.literal_eval(setting.value)) if setting else None
         except (ValueError, SyntaxError):
             return None
 
@@ -75,6 +81,11 @@ class Run:
 
     def _is_here(self, value: str) -> bool:
         return Path(value.strip("'\"")).name == self.folder.resolve().name
+
+
+def on_same_data(runs: Sequence[Run]) -> bool:
+    """Whether numbers of these runs may be compared."""
+    return len({str(run.environment.get("data_manifest_hash")) for run in runs}) == 1
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -122,7 +133,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -39,7 +39,7 @@ def write_run_report(path: Path, folders: Sequence[Path]) -> None:
         title=runs[0].name if len(runs) == 1 else f"{count(len(runs), 'run')} compared",
         subtitle=str(folders[0]) if len(runs) == 1 else ", ".join(run.name for run in runs),
         footer="Everything on this page comes from the run folders: metrics.jsonl, metrics.json, env.json, "
-        "operative_config.gin.",
+        "operative_config.gin, and progress.json of the newest checkpoint.",
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from evaluation.metrics import HIGH, LOW, METRICS
 from reports.markup import Markup, element, join
 from reports.parts import NOTHING, count, table
-from reports.runs.reading import Run
+from reports.plots import number
+from reports.runs.reading import Run, on_same_data
 
 _SLICES = tuple((split, part) for split in ("test", "valid") for part in ("all", "warm", "cold"))
 _SHOWN = (("test", "all"), ("valid", "all"))
@@ -35,7 +36,10 @@ def results_section(runs: Sequence[Run]) -> Markup:
             content = element("div", _ranking_table(rows, runs), class_="inside")
             parts.append(element("details", element("summary", _heading(rows, split, part)), content))
     if any(name.endswith(LOW) for run in runs for name in run.metrics or {}):
-        note = "Small numbers are 95% confidence intervals; the best of a column is in bold."
+        best = (
+            "the best of a column is in bold" if on_same_data(runs) else "the runs are on different data, none is best"
+        )
+        note = f"Small numbers are 95% confidence intervals; {best}."
         parts.insert(1, element("p", note, class_="soft"))
     others = _other_metrics(runs)
     if others:
@@ -50,7 +54,7 @@ def _rows(runs: Sequence[Run], place: str) -> list[_Row]:
         rankers: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in (run.metrics or {}).items():
             ranker, found, metric = key.partition(place)
-            if found and isinstance(value, int | float):
+            if found and number(value) is not None:
                 rankers[ranker][metric] = value
         for ranker, metrics in rankers.items():
             same = [row for row in rows if row.ranker == ranker and row.metrics == metrics]
@@ -62,15 +66,18 @@ def _rows(runs: Sequence[Run], place: str) -> list[_Row]:
 
 
 def _heading(rows: Sequence[_Row], split: str, part: str) -> str:
-    users = {row.metrics["count"] for row in rows if "count" in row.metrics}
-    return f"{split}, {part}" + (f", {count(int(users.pop()), 'user')}" if len(users) == 1 else "")
+    users = sorted({int(row.metrics["count"]) for row in rows if "count" in row.metrics})
+    fewer = f"{users[0]:,} to " if len(users) > 1 else ""
+    return f"{split}, {part}" + (f", {fewer}{count(users[-1], 'user')}" if users else "")
 
 
 def _ranking_table(rows: Sequence[_Row], runs: Sequence[Run]) -> Markup:
+    """The best is marked where all rows are about the same users."""
     metrics = [metric for metric in METRICS if any(metric in row.metrics for row in rows)]
+    compared = len(rows) > 1 and on_same_data(runs) and len({row.metrics.get("count") for row in rows}) == 1
     best = {metric: max(row.metrics[metric] for row in rows if metric in row.metrics) for metric in metrics}
     body = [
-        (_ranker(row, runs), *(_cell(row.metrics, metric, best[metric], len(rows) > 1) for metric in metrics))
+        (_ranker(row, runs), *(_cell(row.metrics, metric, best[metric], compared) for metric in metrics))
         for row in rows
     ]
     return element("div", table(("ranker", *metrics), body, numbers=range(1, len(metrics) + 1)), class_="scroll")

@@ -7,7 +7,7 @@ from reports.charts import Line, line_chart
 from reports.markup import Markup, element, join
 from reports.parts import NOTHING, count, key_figures, table
 from reports.runs.outcome import BAD, GOOD, WARN, Outcome, duration
-from reports.runs.reading import Run, Setting
+from reports.runs.reading import Run, Setting, on_same_data
 
 _CURVES = {
     "train/loss": "training loss",
@@ -75,7 +75,7 @@ def _many_verdicts(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> Markup:
 def _comparison(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
     """Which run is ahead, where all were selected by one metric on the same data."""
     finished = f"{count(len(runs), 'run')}, {sum(run.metrics is not None for run in runs)} finished"
-    if len({run.environment.get("data_manifest_hash") for run in runs}) > 1:
+    if not on_same_data(runs):
         return f"{finished}, on different data"
     metrics = {(outcome.selection_metric, outcome.higher_is_better) for outcome in outcomes}
     name, higher = metrics.pop()
@@ -198,7 +198,7 @@ _FACTS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "computed by": lambda environment: environment.get("ops"),
     "mixed precision": lambda environment: environment.get("mixed_precision"),
     "CUDA graphs": lambda environment: environment.get("cuda_graphs"),
-    "GPUs": lambda environment: ", ".join(map(str, _inside(environment, "hardware").get("cuda_devices") or [])),
+    "GPUs": lambda environment: _inside(environment, "hardware").get("cuda_devices"),
     "processor": lambda environment: _inside(environment, "hardware").get("cpu"),
     "cores": lambda environment: _inside(environment, "hardware").get("cpu_count"),
     "threads": lambda environment: _inside(environment, "hardware").get("torch_threads"),
@@ -213,7 +213,7 @@ def _inside(environment: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return NOTHING if value is None or value == "" else str(value)
+    return ("" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)) or NOTHING
 
 
 def _run_name(index: int, name: str) -> Markup:

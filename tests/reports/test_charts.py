@@ -55,12 +55,16 @@ def test_dead_codes_alone_can_be_drawn():
     assert 'd=""' in line_chart("Use", [Line("a", [0, 1], [0, 0], "l0")], x_label="%", log_y=True)
 
 
-def test_long_lines_are_thinned_and_keep_their_ends():
-    chart = line_chart("Loss", [Line("a", range(10_001), [1.0, *[0.5] * 9999, 2.0], "l0")], x_label="step")
-    (points,) = paths(chart, "l0")
+def test_long_lines_are_thinned_and_keep_their_ends_and_their_peaks():
+    ys = [1.0, *(0.5 + 0.01 * (step % 2) for step in range(9999)), 2.0]
+    ys[4321], ys[7654], ys[5000:6000] = 3.0, 0.0, [math.nan] * 1000
+    (points,) = paths(line_chart("Loss", [Line("a", range(10_001), ys, "l0")], x_label="step"), "l0")
     assert len(points) == 300
-    assert points[0][0] == 0
-    assert points[-1] == (100, 0)
+    assert points[0] == (0, 66.67)
+    assert points[-1] == (100, 33.33)
+    assert (43.21, 0) in points
+    assert (76.54, 100) in points
+    assert points == sorted(points)
 
 
 def test_names_are_text():

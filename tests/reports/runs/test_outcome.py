@@ -5,6 +5,7 @@ import pytest
 from data.schemas import InputError
 from reports.runs.outcome import duration, outcome_of
 from reports.runs.reading import Setting, read_runs
+from reports.runs.report import write_run_report
 from tests.reports.runs.folders import SELECTION, log_records, write_json, write_log, write_run
 
 
@@ -27,6 +28,35 @@ def test_a_metric_of_which_less_is_better(tmp_path):
     write_json(run / "checkpoints/step_00000100/progress.json", {"step": 100, "best_metric": 2.2, "best_step": 80})
     found = outcome(run)
     assert (found.selection_metric, found.higher_is_better) == ("valid/loss", False)
+
+
+def test_an_evaluation_that_no_checkpoint_knows_of_does_not_turn_the_direction(tmp_path):
+    """Killed between an evaluation that was the best so far and its checkpoint."""
+    run = write_run(tmp_path / "run", finished=False)
+    write_log(run, [*log_records(1.0), {"step": 120, "seconds": 1.0, SELECTION: 0.2}])
+    found = outcome(run)
+    assert (found.selection_metric, found.higher_is_better, found.best_metric) == (SELECTION, True, 0.1)
+
+
+def test_a_metric_with_the_best_value_that_was_no_best_is_not_the_one_selected_by(tmp_path):
+    run = write_run(tmp_path / "run")
+    others = {20: 0.3, 40: 0.0, 60: 0.0, 80: 0.1, 100: 0.0}
+    write_log(
+        run,
+        [
+            {"a/valid": others[record["step"]], **record} if SELECTION in record else record
+            for record in log_records(1.0)
+        ],
+    )
+    assert outcome(run).selection_metric == SELECTION
+
+
+def test_a_trial_is_no_run_to_go_on_with(tmp_path):
+    run = write_run(tmp_path / "run-dry-run", finished=False, num_steps=500)
+    write_json(run / "env.json", {"run_format": 1, "trial": "dry-run"})
+    found = outcome(run)
+    assert (found.status, found.state, found.advice) == ("good", "trial", ())
+    assert found.reason == "A trial (--dry-run) of 100 steps, which has no final metrics."
 
 
 @pytest.mark.parametrize(
@@ -150,9 +180,20 @@ def test_durations():
     assert [duration(seconds) for seconds in (41.2, 200, 7500)] == ["41 s", "3 min 20 s", "2 h 5 min"]
 
 
-def test_the_log_holds_what_json_can_say(tmp_path):
-    """Numbers that are not finite, in a file that another program wrote."""
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 110, "seconds": NaN, "train/loss": Infinity, "train/skipped_steps": NaN}',
+        f'{{"step": 110, "train/loss": 1{"0" * 400}, "train/gradient_norm": -1e308, "train/x": 1e308}}',
+        f'{{"step": 1{"0" * 400}, "train/loss": 1.0}}',
+        '{"step": true, "train/loss": true}',
+        "[" * 100_000,
+    ],
+)
+def test_a_log_may_hold_whatever_json_can_say(tmp_path, line):
+    """In a file that another program wrote."""
     run = write_run(tmp_path / "run")
-    text = json.dumps({"step": 110, "seconds": float("nan"), "train/loss": float("inf")})
-    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + text + "\n")
-    assert outcome(run).seconds == 65.2
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + line + "\n")
+    found = outcome(run)
+    assert (found.seconds, found.skipped, found.selection_metric) == (65.2, 0, SELECTION)
+    write_run_report(tmp_path / "report.html", [run])

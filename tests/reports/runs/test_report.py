@@ -4,7 +4,7 @@ import pytest
 
 from data.schemas import InputError
 from reports.runs.report import write_run_report
-from tests.reports.runs.folders import SELECTION, write_json, write_run
+from tests.reports.runs.folders import SELECTION, final_metrics, write_json, write_run
 
 
 def report(tmp_path, *runs):
@@ -79,7 +79,21 @@ def test_settings_that_were_changed_during_a_run(tmp_path):
 def test_runs_on_different_data_are_not_ranked(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", scale=2.0)
     write_json(two / "env.json", {"data_manifest_hash": "other"})
-    assert "<h2>2 runs, 2 finished, on different data</h2>" in report(tmp_path, one, two)
+    page = report(tmp_path, one, two)
+    assert "<h2>2 runs, 2 finished, on different data</h2>" in page
+    assert 'class="best"' not in page
+    assert "on different data, none is best" in page
+
+
+def test_metrics_of_different_users_are_not_ranked(tmp_path):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", scale=2.0)
+    metrics = final_metrics(2.0) | {"generative/test/all/count": 1000}
+    write_json(two / "metrics.json", {name: value for name, value in metrics.items() if "/test/all/" in name})
+    results = section(report(tmp_path, one, two), "results")
+    assert "test, all, 1,000 to 1,234 users" in results
+    table_of_test = results.partition("test, all")[2].partition("</table>")[0]
+    assert 'class="best"' not in table_of_test
+    assert 'class="best"' in results
 
 
 def test_a_run_that_has_only_begun_beside_one_that_finished(tmp_path):
