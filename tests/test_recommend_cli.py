@@ -388,9 +388,12 @@ def test_two_processes_write_what_one_does_also_after_one_of_them_was_killed(uni
         ]
 
     first, second = start_both()
-    while not all((tmp_path / f".out.part/{rank}.blocks").exists() for rank in "01"):
-        time.sleep(0.002)
+    blocks = [tmp_path / f".out.part/{rank}.blocks" for rank in "01"]
+    while not blocks[1].exists():
+        time.sleep(0.001)
     os.kill(second.pid, signal.SIGSTOP)  # the first one sees it at work, and then no more
+    while not blocks[0].exists():
+        time.sleep(0.001)
     time.sleep(0.5)
     assert killed(second, output, 0, 0)
     first.join()
