@@ -151,6 +151,8 @@ def train(
         trackers = {"wandb_logging": wandb_logging, "tensorboard_logging": tensorboard_logging}
         result = run_training(task, loop, run, seed=seed, resume=options.resume, **trackers)
         facts = {"steps": result.steps, "seconds": round(result.seconds, 1), "best_step": result.best_step}
+    else:
+        run.accept_changes()
 
     with torch.no_grad():
         metrics = task.evaluate(rqvae.eval())

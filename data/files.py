@@ -37,6 +37,16 @@ def disk_problem(error: BaseException) -> str | None:
     return _DISK_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the block name the file that they are about: the system names none once a file is open."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_synced(path: Path, data: bytes | memoryview) -> str:
     """Write a new file through to the disk; returns the sha256 of what was written."""
     with path.open("wb") as file:
@@ -97,8 +107,9 @@ def replace_file(path: Path, data: bytes | str) -> None:
     """Write a file or replace its content, atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write_synced(temporary, data.encode("utf-8") if isinstance(data, str) else data)
-        os.replace(temporary, path)
+        with naming(path):
+            write_synced(temporary, data.encode("utf-8") if isinstance(data, str) else data)
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # of a file system that has become read-only
             temporary.unlink(missing_ok=True)

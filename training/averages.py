@@ -15,17 +15,20 @@ class AveragedWeights:
     first weights are soon forgotten. Buffers and parameters that do not learn by gradient are the model's own.
 
     Args:
-        model: on the device where it is trained; its parameters keep their addresses.
+        model: on the device where it is trained.
         decay: share of the averages that an update keeps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
-        trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-        self._names, self._weights = list(trained), list(trained.values())
-        self._averages = [value.clone() for value in self._weights]
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        # The parameters themselves: preparing a model for several processes may give them other memory.
+        self._names = list(trained)
+        self._weights: list[Tensor] = list(trained.values())
+        self._averages = [value.detach().clone() for value in self._weights]
         self._num_updates = torch.zeros((), device=self._weights[0].device)
 
+    @torch.no_grad()
     def restart_(self) -> None:
         """Begin anew with the present weights."""
         torch._foreach_copy_(self._averages, self._weights)
@@ -49,12 +52,16 @@ class AveragedWeights:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model computes with the averages; afterwards, even after an error, with its own weights again."""
-        own = [value.clone() for value in self._weights]
+        own = [value.detach().clone() for value in self._weights]
         try:
-            torch._foreach_copy_(self._weights, self._averages)
+            self._set_weights_(self._averages)
             yield
         finally:
-            torch._foreach_copy_(self._weights, own)
+            self._set_weights_(own)
+
+    @torch.no_grad()
+    def _set_weights_(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._weights, values)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by the parameters' names, and the number of updates; not copied."""

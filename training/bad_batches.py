@@ -1,6 +1,7 @@
 """The end of a training whose losses stay not finite: which items its batch held, and what is still good."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,15 +45,23 @@ def refuse_to_go_on(
     mine = [key for batch in batches for key in task.item_keys(batch)]
     items = list(dict.fromkeys(gather_object(mine)))
     path = run.report / "bad_batch.json"
-    on_main(lambda: replace_file(path, json.dumps({"step": step, "items": items}, indent=1) + "\n"))
+    on_main(lambda: _write(path, {"step": step, "items": items}))
+    everything = f" (all of them in {path})" if path.is_file() else ""
     shown = ", ".join(items[:_SHOWN_ITEMS]) + (f" and {len(items) - _SHOWN_ITEMS:,} more" * (len(items) > _SHOWN_ITEMS))
     kept = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
     happened = _what_happened(step, last_step, num_skipped, weights_are_finite)
     raise InputError(
-        f"{happened}; {kept}. The batch of step {step} held the items {shown} "
-        f"(all of them in {path}). Look at their features, lower LoopConfig.learning_rate, raise "
+        f"{happened}; {kept}. The batch of step {step} held the items {shown}{everything}. "
+        f"Look at their features, lower LoopConfig.learning_rate, raise "
         'LoopConfig.warmup_steps, or set LoopConfig.mixed_precision = "no".'
     )
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    """The file, or none: a full disk must not hide what is wrong with the training."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        replace_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def _what_happened(step: int, last_step: int, num_skipped: int, weights_are_finite: bool) -> str:

@@ -155,7 +155,7 @@ class CheckpointStore:
         if resume is None:
             return None
         if resume != "auto":
-            return self._choose_path(Path(resume), discard_newer)
+            return self._choose_path(Path(resume), discard_newer, say)
         chosen, damaged = _newest_whole(self._folder, say)
         if chosen is None and damaged:
             raise InputError(
@@ -168,9 +168,9 @@ class CheckpointStore:
             _discard(path)
         return chosen
 
-    def _choose_path(self, path: Path, discard_newer: bool) -> Path:
+    def _choose_path(self, path: Path, discard_newer: bool, say: Callable[[str], None]) -> Path:
         if (path / "checkpoints").is_dir():
-            whole = _newest_whole(path / "checkpoints")[0]
+            whole = _newest_whole(path / "checkpoints", say)[0]
             if whole is None:
                 raise InputError(f"--resume {path}: that run has no whole checkpoint.")
             path = whole
@@ -240,7 +240,9 @@ class CheckpointStore:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove every checkpoint and the best weights from a folder, and nothing else."""
-    for path in [*_checkpoints(folder), *_leftovers(folder)]:
+    for path in _checkpoints(folder):
+        _discard(path)
+    for path in _leftovers(folder):
         shutil.rmtree(path)
     for path in folder.glob(f"*{BEST}*"):
         path.unlink()

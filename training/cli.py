@@ -15,7 +15,7 @@ from data.files import disk_problem
 from data.schemas import InputError
 from ops import describe_backend
 from training.gin_config import clear_config, load_config, plain_message
-from training.interrupt import EXIT_CODE, termination_interrupts
+from training.interrupt import EXIT_CODE, LeaveAtOnce, termination_interrupts
 from training.processes import leave_after_error, leave_together, lost_process, process_state, uses_cuda
 from training.run_folder import RunOptions
 
@@ -64,6 +64,9 @@ def run_cli(command: Callable[[Sequence[str]], int | None], argv: Sequence[str])
             traceback.print_exc()
             return 1
         return _refuse(f"{error.filename or 'writing failed'}: {problem}. Free space or choose another folder.")
+    except LeaveAtOnce:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(EXIT_CODE)  # the interpreter's own way out waits for threads
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return EXIT_CODE

@@ -53,16 +53,18 @@ class Heartbeat:
         """What a process puts under a key of the store, however long it takes, while that process lives.
 
         Raises:
-            LostProcessError: if nothing was heard of it for `silence` seconds.
+            LostProcessError: if nothing was heard of it for `silence` seconds in which this process ran.
         """
-        began = heard = looked = time.monotonic()
-        pulse = self._pulse(rank)
+        began = looked = time.monotonic()
+        silent, pulse = 0.0, self._pulse(rank)
         while not self._asked(rank, lambda: self.store.check([key])):
             now = time.monotonic()
             if now - looked > _BEAT_SECONDS:
-                looked, before, pulse = now, pulse, self._pulse(rank)
-                heard = now if pulse != before else heard
-            if now - heard > silence:
+                before, pulse = pulse, self._pulse(rank)
+                # Of a long pause little counts: this process stood still itself, and the other one maybe with it.
+                silent = silent + min(now - looked, 2 * _BEAT_SECONDS) if pulse == before else 0.0
+                looked = now
+            if silent > silence:
                 raise LostProcessError(f"nothing was heard of process {rank}, which it waited for, in {silence:.0f} s")
             time.sleep(min(max((now - began) / 10, 0.001), _LOOK_SECONDS))
         return self._asked(rank, lambda: self.store.get(key))

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the running step ends, a checkpoint is saved, the program leaves with code 130."""
+"""Ctrl-C and SIGTERM: the running step ends, a checkpoint is saved, the program leaves with code 130.
+
+The second one does not wait, not even for a checkpoint that is being written.
+"""
 
 import signal
 import threading
@@ -18,6 +21,10 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     A KeyboardInterrupt, so that code which handles ordinary errors lets it pass.
     """
+
+
+class LeaveAtOnce(KeyboardInterrupt):
+    """The second signal: nothing is waited for; what is half written is cleaned up by the next start."""
 
 
 class _InterruptedEvaluationError(KeyboardInterrupt):
@@ -42,13 +49,18 @@ def termination_interrupts() -> Iterator[None]:
 
 
 class InterruptGuard:
-    """Notes the first signal instead of dying from it; a second one, meant as such, is a plain KeyboardInterrupt.
+    """Notes the first signal instead of dying from it; a second one, meant as such, raises LeaveAtOnce.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
+
+    Attributes:
+        requested: there was a signal.
+        insisted: there was a second one.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.insisted = False
         self._requested_at = 0.0
         self._immediate = False
         self._previous: dict[int, Any] = {}
@@ -76,7 +88,8 @@ class InterruptGuard:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             if time.monotonic() - self._requested_at > _ECHO_SECONDS:
-                raise KeyboardInterrupt
+                self.insisted = True
+                raise LeaveAtOnce
             return
         self.requested, self._requested_at = True, time.monotonic()
         if self._immediate:

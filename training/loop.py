@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, set_seed
 from torch.nn.utils import get_total_norm
 
+from data.files import disk_problem
 from data.schemas import InputError
 from ops import describe_backend
 from training.averages import AveragedWeights
@@ -35,6 +36,7 @@ from training.progress import Progress
 from training.random_state import random_state, restore_random_state
 from training.run_folder import RunFolder, RunOptions
 from training.schedules import schedule_factor
+from training.state import Clock, TrainingState
 from training.step import OptimizerStep
 from training.task import Task
 from training.window import Window
@@ -84,6 +86,7 @@ def run_training(
     Raises:
         InputError: for losses or gradients that stay not finite, an unusable checkpoint, a full disk.
         TrainingInterrupted: after Ctrl-C or SIGTERM; a checkpoint was saved.
+        LeaveAtOnce: after a second one; a checkpoint may still be being written.
     """
     in_earnest = not run.options.is_trial
     log = MetricsLog(
@@ -112,32 +115,6 @@ def _for_trial(config: LoopConfig, options: RunOptions) -> LoopConfig:
     return config.for_trial(2 if options.profile is None else WARMUP_STEPS + options.profile)
 
 
-@dataclass
-class _State:
-    """Where training stands; saved as progress.json."""
-
-    step: int = 0
-    evaluated_step: int = 0
-    best_metric: float | None = None
-    best_step: int = 0
-    evaluations_without_improvement: int = 0
-    seconds: float = 0.0
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """What changes whenever there is something new to save."""
-        return self.step, self.evaluated_step
-
-
-@dataclass(frozen=True)
-class _Begin:
-    """Where this process began: step and seconds done before, and the clock then."""
-
-    step: int
-    seconds: float
-    clock: float
-
-
 class _Trainer:
     """One training run; `run` and `_train` are the whole story."""
 
@@ -150,14 +127,14 @@ class _Trainer:
         self._run = run
         self._log = log
         self._accelerator = accelerator
-        self._state = _State()
+        self._state = TrainingState()
         self._store = CheckpointStore(run.checkpoints, config.keep_checkpoints)
         self._guard = InterruptGuard()
         self._uses_graphs = config.uses_cuda_graphs(accelerator.num_processes)
         task.model.to(accelerator.device)
         optimizer = build_optimizer(task.model, config, recorded=self._uses_graphs)
-        averages = None if config.average_decay is None else AveragedWeights(task.model, config.average_decay)
         self._model = accelerator.prepare(task.model)
+        averages = None if config.average_decay is None else AveragedWeights(task.model, config.average_decay)
         # Accelerate casts inside forward alone; the step casts all of the task's loss, and evaluation stays in fp32.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(task.model).pop(name, None)
@@ -186,20 +163,45 @@ class _Trainer:
             checkpoint = self._chosen(resume)
             self._announce()
             self._begin_after(checkpoint)
-            self._begin = _Begin(self._state.step, self._state.seconds, time.perf_counter())
+            self._clock = Clock(self._state)
             with self._guard, self._profiled() as self._profile:
                 stopped_because = self._train()
             if self._profile is not None:
                 self._progress.say(self._profile.report())
             on_main(self._store.wait)
+            on_main(self._log.close)
+            if (trial := self._run.options.trial) is not None:
+                self._progress.say(
+                    f"--{trial} has trained, evaluated and saved; the next one replaces {self._run.root}"
+                )
+        except OSError as error:
+            self._explain(error)
+            raise
         finally:
             self._progress.close()
-            self._log.close()
-            self._store.close()
+            if not self._guard.insisted:  # else nothing is waited for
+                self._close()
         self._store.load_best(self._task.model)
         state = self._state
         assert state.best_metric is not None
-        return TrainingResult(state.best_metric, state.best_step, state.step, self._seconds(), stopped_because)
+        return TrainingResult(state.best_metric, state.best_step, state.step, self._clock.seconds(), stopped_because)
+
+    def _close(self) -> None:
+        try:
+            self._store.close()
+        finally:  # may wait for uploads
+            self._log.close()
+
+    def _explain(self, error: OSError) -> None:
+        """Raise what a person can mend as an InputError."""
+        problem = disk_problem(error)
+        if problem is not None:
+            last = self._store.last()
+            kept = f"The last whole checkpoint is {last}." if last else "There is no checkpoint yet."
+            raise InputError(
+                f"{error.filename or self._run.root}: {problem}. {kept} Free space or make the folder writable, then "
+                "--resume auto."
+            ) from error
 
     def _train(self) -> str:
         config, state = self._config, self._state
@@ -231,7 +233,7 @@ class _Trainer:
         if state.step >= config.num_steps:
             return "num_steps"
         limit = config.max_minutes
-        return "max_minutes" if self._agreed(limit is not None and self._seconds() >= 60 * limit) else None
+        return "max_minutes" if self._agreed(limit is not None and self._clock.seconds() >= 60 * limit) else None
 
     def _step(self) -> None:
         """One optimizer step; nothing in it waits for the device."""
@@ -252,16 +254,16 @@ class _Trainer:
     def _log_window(self) -> None:
         self._require_finite()
         on_main(self._store.raise_failure)
-        window = self._parts.window
+        config, state, window = self._config, self._state, self._parts.window
         values = window.read() | {"train/learning_rate": self._learning_rate}
         window.reset()
-        self._log.write(self._state.step, self._seconds(), values)
+        self._log.write(state.step, self._clock.seconds(), values)
         self._progress.log(
-            self._state.step,
+            state.step,
             loss=values["train/loss"],
             learning_rate=self._learning_rate,
             examples_per_second=values["train/examples_per_second"],
-            left=self._seconds_left(),
+            left=self._clock.seconds_left(state.step, num_steps=config.num_steps, max_minutes=config.max_minutes),
         )
         if values["train/skipped_steps"]:
             self._progress.say(
@@ -307,26 +309,23 @@ class _Trainer:
 
     def _record_evaluation(self, metrics: dict[str, float]) -> None:
         state, name = self._state, self._task.selection_metric
-        self._log.write(state.step, self._seconds(), metrics)
+        self._log.write(state.step, self._clock.seconds(), metrics)
         value = metrics[name]
         if not math.isfinite(value):
             raise InputError(
                 f"evaluation at step {state.step} gave {name} = {value}; the model cannot be selected by it."
             )
-        sign = 1 if self._task.higher_is_better else -1
-        improved = state.best_metric is None or sign * value > sign * state.best_metric
+        improved = state.improves(value, higher_is_better=self._task.higher_is_better)
         if improved:
             on_main(lambda: self._store.save_best(self._task.model))
-            state.best_metric, state.best_step = value, state.step
-        state.evaluations_without_improvement = 0 if improved else state.evaluations_without_improvement + 1
-        state.evaluated_step = state.step
+        state.take_evaluation(value, improved=improved)
         note = "best so far" if improved else f"best {state.best_metric:.4g} at step {state.best_step}"
         self._progress.say(f"step {state.step}: {name} {value:.4g} ({note})")
 
     def _save(self) -> None:
         """Copy what a checkpoint holds; it is written while training goes on."""
         self._require_finite()
-        parts, progress = self._parts.state_dict(), {**asdict(self._state), "seconds": self._seconds()}
+        parts, progress = self._parts.state_dict(), {**asdict(self._state), "seconds": self._clock.seconds()}
         on_main(lambda: self._store.save(self._state.step, parts, progress))
         self._saved = self._state.position
 
@@ -340,7 +339,12 @@ class _Trainer:
         self._progress.say(f"{backend}, {graphs}, mixed precision {precision}")
         self._progress.say(memory.describe())
         self._run.note(
-            ops=backend, cuda_graphs=self._uses_graphs, mixed_precision=precision, memory_estimate=memory.as_json()
+            ops=backend,
+            cuda_graphs=self._uses_graphs,
+            mixed_precision=precision,
+            memory_estimate=memory.as_json(),
+            selection_metric=self._task.selection_metric,
+            higher_is_better=self._task.higher_is_better,
         )
 
     def _profiled(self) -> AbstractContextManager[StepProfile | None]:
@@ -367,6 +371,7 @@ class _Trainer:
     def _begin_after(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
             self._load(checkpoint)
+        self._run.accept_changes()
         self._run.drop_metrics_after(self._state.step, evaluated_step=self._state.evaluated_step)
         self._log.start(self._state.step, say=self._progress.say)
         self._progress.start(self._state.step)
@@ -377,8 +382,9 @@ class _Trainer:
             self._parts.load_state_dict(state)
         except InputError as error:
             raise InputError(f"{checkpoint} {error}") from error
-        self._state = _State(**progress)
-        self._saved = self._state.position
+        self._state = TrainingState(**progress)
+        if checkpoint.resolve().parent == self._run.checkpoints.resolve():  # else this run has yet to save it
+            self._saved = self._state.position
         self._progress.say(f"resumed from {checkpoint}: step {self._state.step} of {self._config.num_steps}")
 
     def _aside(self, name: str, work: Callable[[], None]) -> None:
@@ -399,13 +405,3 @@ class _Trainer:
             return flag
         flags = torch.tensor(float(flag), device=self._accelerator.device)
         return bool(self._accelerator.reduce(flags, reduction="sum") > 0)
-
-    def _seconds(self) -> float:
-        """Training time so far, earlier parts of a resumed run included."""
-        return self._begin.seconds + time.perf_counter() - self._begin.clock
-
-    def _seconds_left(self) -> float:
-        per_step = (time.perf_counter() - self._begin.clock) / max(self._state.step - self._begin.step, 1)
-        left = per_step * (self._config.num_steps - self._state.step)
-        limit = self._config.max_minutes
-        return left if limit is None else max(min(left, 60 * limit - self._seconds()), 0.0)

@@ -33,7 +33,7 @@ class MetricsLog:
         self._trackers: list[Tracker] = []
 
     def start(self, step: int, *, say: Callable[[str], None]) -> None:
-        """Start the trackers and send them the lines of metrics.jsonl that they have not had.
+        """Start the trackers and send them the lines of metrics.jsonl, of which each leaves out those that it has.
 
         Args:
             step: training goes on after it; metrics.jsonl holds nothing beyond.

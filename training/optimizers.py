@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, AdamW, Optimizer
+from torch.torch_version import TorchVersion
 
 from data.schemas import InputError
 from training.loop_config import LoopConfig
@@ -24,7 +25,7 @@ def build_optimizer(model: nn.Module, config: LoopConfig, *, recorded: bool) -> 
         recorded: its steps are recorded in CUDA graphs: AdamW whose rates are tensors on the device.
 
     Raises:
-        InputError: if nothing is trainable, or if a group names nothing.
+        InputError: if nothing is trainable, if a group names nothing, or if this torch has no such optimizer there.
     """
     groups = []
     for group, parameters in grouped_parameters(model, config.parameter_groups):
@@ -37,8 +38,16 @@ def build_optimizer(model: nn.Module, config: LoopConfig, *, recorded: bool) -> 
         raise InputError("the model has no trainable parameters.")
     # Fused ones can be told on the device to change nothing, see step_unless_.
     if config.optimizer == "adagrad":
+        _require_fused_adagrad(next(model.parameters()).device)
         return Adagrad(groups, fused=True)
     return AdamW(groups, fused=True, capturable=recorded)
+
+
+def _require_fused_adagrad(device: torch.device) -> None:
+    if device.type == "cuda" and TorchVersion(torch.__version__) < "2.12":
+        raise InputError(
+            f'LoopConfig.optimizer = "adagrad" needs torch 2.12 on CUDA devices, got {torch.__version__}. Use "adamw".'
+        )
 
 
 def _optimizer_group(

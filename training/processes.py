@@ -169,7 +169,7 @@ def lost_process(error: BaseException) -> str | None:
         return None
     if isinstance(error, LostProcessError):
         what = str(error)
-    elif isinstance(error, DistError) or _BROKEN.search(str(error)):
+    elif isinstance(error, DistError) or (isinstance(error, RuntimeError) and _BROKEN.search(str(error))):
         what = _PLACE_IN_SOURCE.sub("", str(error)).splitlines()[0].partition(". ")[0]
         with _unterminated():
             what = f"{_whom(_heartbeat, what)} ({what})"

@@ -28,7 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data.files import clean_up, disk_problem, replace_file
+from data.files import clean_up, disk_problem, naming, replace_file
 from data.schemas import InputError
 from training.checkpoint import remove_checkpoints
 from training.config_changes import Setting, SettingChange, changed_settings, read_settings, settings_text
@@ -36,7 +36,7 @@ from training.environment import describe_environment
 from training.processes import on_main, process_state
 
 _FORMAT = 1
-_FILES = ("config.gin", "operative_config.gin", "env.json", "metrics.jsonl", "metrics.json")
+_FILES = ("metrics.jsonl", "metrics.json", "config.gin", "operative_config.gin", "env.json")
 _FOLDERS = ("checkpoints", "model", "more_models", "trackers", "report", "profile")
 _LEFTOVERS = (".*.tmp", "ranks_*.part", ".tmp??????")
 """Of `replace_file`, of `save_ranks`, of safetensors."""
@@ -78,6 +78,8 @@ class RunOptions:
             raise InputError(f"--profile expected at least 1 step, got {self.profile}.")
         if self.is_trial and self.resume is not None:
             raise InputError(f"--{self.trial} starts from the beginning, in a folder of its own; remove --resume.")
+        if self.resume not in (None, "auto") and not Path(self.resume).is_dir():
+            raise InputError(f"--resume {self.resume}: no such folder. Name a checkpoint or a run folder, or say auto.")
 
     @property
     def trial(self) -> str | None:
@@ -106,6 +108,7 @@ class RunFolder:
         self.more_models = root / "more_models"
         self.report = root / "report"
         self.metrics_log = root / "metrics.jsonl"
+        self._changes: list[SettingChange] = []  # known to the main process
 
     @classmethod
     def open(
@@ -132,7 +135,7 @@ class RunFolder:
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; numbers that are not finite become null."""
         if process_state().is_main_process:
-            with self.metrics_log.open("a", encoding="utf-8") as file:
+            with naming(self.metrics_log), self.metrics_log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_json_ready(record), allow_nan=False) + "\n")
 
     def environment(self) -> dict[str, Any]:
@@ -154,6 +157,10 @@ class RunFolder:
                     "Resume with the one it had, or start a new run elsewhere."
                 )
         on_main(lambda: self._write_environment(environment))
+
+    def accept_changes(self) -> None:
+        """Note other settings with which this run goes on, once it is sure that it can."""
+        on_main(self._record_changes)
 
     def note(self, **facts: Any) -> None:
         """Add how this run computes to env.json."""
@@ -177,17 +184,18 @@ class RunFolder:
 
     def _prepare(self, seed: int, data_manifest_hash: str | None) -> None:
         try:
-            replaces = self._claim(data_manifest_hash)
-            changes = self._accepted_changes() if self._continues() else []
+            goes_on = self._continues() and self._got_anywhere()
+            replaces = self._claim(goes_on, data_manifest_hash)
+            self._changes = self._allowed_changes() if goes_on else []
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._clean_up()
             if replaces:
                 self._remove_run()
-            self._write_environment(self._new_environment(seed, data_manifest_hash, changes))
-            if self.options.config_text:
-                replace_file(self.root / "config.gin", self.options.config_text)
-                replace_file(self.root / "operative_config.gin", settings_text(self.options.settings))
+            before = self.environment() if goes_on else {}
+            self._write_environment(self._new_environment(seed, data_manifest_hash, before))
+            if not self._changes:
+                self._write_settings()
             for folder in (self.checkpoints, self.report):
                 folder.mkdir(exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -203,26 +211,34 @@ class RunFolder:
                 f"cannot write the run folder {self.root}: {problem}. Set train.save_dir_root to a writable folder."
             ) from error
 
-    def _new_environment(
-        self, seed: int, data_manifest_hash: str | None, changes: list[SettingChange]
-    ) -> dict[str, Any]:
+    def _new_environment(self, seed: int, data_manifest_hash: str | None, before: Mapping[str, Any]) -> dict[str, Any]:
         """What env.json says from now on; of a run that goes on it keeps the inputs and the changed settings."""
-        before = self.environment() if self._continues() else {}
-        started = datetime.now(UTC).isoformat(timespec="seconds")
         return {
             "run_format": _FORMAT,
-            "started": started,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": self.options.command,
             "trial": self.options.trial,
             "seed": seed,
             "data_manifest_hash": data_manifest_hash,
             **describe_environment(),
             "inputs": before.get("inputs", {}),
-            "changes": [
-                *before.get("changes", []),
-                *({"started": started, **asdict(change)} for change in changes),
-            ],
+            "changes": before.get("changes", []),
         }
+
+    def _record_changes(self) -> None:
+        if not self._changes:
+            return
+        environment = self.environment()
+        started = environment["started"]
+        environment["changes"] += [{"started": started, **asdict(change)} for change in self._changes]
+        self._write_environment(environment)
+        self._write_settings()
+        self._changes = []
+
+    def _write_settings(self) -> None:
+        if self.options.config_text:
+            replace_file(self.root / "config.gin", self.options.config_text)
+            replace_file(self.root / "operative_config.gin", settings_text(self.options.settings))
 
     def _write_environment(self, environment: Mapping[str, Any]) -> None:
         replace_file(self.root / "env.json", json.dumps(environment, indent=2) + "\n")
@@ -238,7 +254,9 @@ class RunFolder:
             ) from None
 
     def _clean_up(self) -> None:
-        """Remove what a killed program left while it wrote; an artifact that was about to be replaced comes back."""
+        """Remove what a killed run left while it wrote; an artifact that was about to be replaced comes back."""
+        if _read_environment(self.root / "env.json") is None:
+            return  # what may be a folder for other things, too, where others use such names
         names = {path.name[1:].rsplit(".", 1)[0] for path in self.more_models.glob(".*.*-*")}
         for folder in (self.model, *(self.more_models / name for name in names)):
             clean_up(folder)
@@ -246,7 +264,7 @@ class RunFolder:
             for path in (*self.root.glob(pattern), *self.report.glob(pattern)):
                 path.unlink()
 
-    def _claim(self, data_manifest_hash: str | None) -> bool:
+    def _claim(self, goes_on: bool, data_manifest_hash: str | None) -> bool:
         """Whether what the folder holds is to be removed; InputError where this run may not have the folder."""
         present = [name for name in (*_FILES, *_FOLDERS) if (self.root / name).exists()]
         if not present:
@@ -258,7 +276,7 @@ class RunFolder:
                 "Set train.save_dir_root to another folder."
             )
         self._check_kind(previous)
-        if self._continues():
+        if goes_on:
             self._check_same_data(previous, data_manifest_hash)
             return False
         if self._got_anywhere() and not (self.options.overwrite or self.options.is_trial):
@@ -300,10 +318,10 @@ class RunFolder:
                 f"{data_manifest_hash[:12]}). Resume with the data it had, or start a new run elsewhere."
             )
 
-    def _accepted_changes(self) -> list[SettingChange]:
+    def _allowed_changes(self) -> list[SettingChange]:
         """How the settings differ from those with which the run came so far; InputError unless that is allowed."""
         record = self.root / "operative_config.gin"
-        if not (self.options.settings and self._got_anywhere() and record.is_file()):
+        if not (self.options.settings and record.is_file()):
             return []
         before = read_settings(record.read_text(encoding="utf-8", errors="replace"))
         changes = changed_settings(before, self.options.settings)
@@ -320,17 +338,20 @@ class RunFolder:
         return changes
 
     def _remove_run(self) -> None:
-        """Remove what a run writes, but env.json, which marks the folder as a run's; anything else in it stays."""
-        for path in (*(self.root / name for name in _FILES), *self.root.glob("ranks_*.safetensors")):
-            if path.name != "env.json":
-                path.unlink(missing_ok=True)
+        """Remove what a run writes, but env.json, which marks the folder as a run's; anything else in it stays.
+
+        Checkpoints go first and settings last: killed in between, nothing is left that could go on with others.
+        """
+        remove_checkpoints(self.checkpoints)
         for folder in (self.model, self.more_models, self.root / "trackers", self.root / "profile"):
             if folder.is_dir():
                 shutil.rmtree(folder)
         for pattern in ("*.png", "*.html", "*.json"):
             for path in self.report.glob(pattern):
                 path.unlink()
-        remove_checkpoints(self.checkpoints)
+        for path in (*(self.root / name for name in _FILES), *self.root.glob("ranks_*.safetensors")):
+            if path.name != "env.json":
+                path.unlink(missing_ok=True)
 
 
 def _read_environment(path: Path) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """Trackers beside metrics.jsonl, through Accelerate: W&B and TensorBoard.
 
-A tracker remembers in the run folder how far it got. When a run goes on, a step that the tracker has had is not sent
-again, and lines of metrics.jsonl that it has not had are sent then.
+When a run goes on, a tracker is sent all lines of metrics.jsonl, and leaves out those that it has.
 """
 
 import importlib.util
@@ -26,7 +25,7 @@ class Tracker:
     """A tracker of one run.
 
     Args:
-        folder: for what the tracker writes, and for the note of how far it got.
+        folder: for what the tracker writes, and for its note, which outlasts the process.
         settings: shown as configuration.
 
     Raises:
@@ -60,13 +59,8 @@ class Tracker:
             raise self._start_error(error) from error
 
     def send(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Log values of a step unless it was done before; numbers that are not finite leave a gap."""
-        kind = "train" if any(name.startswith("train/") for name in values) else "evaluation"
-        if step <= self._note.get(kind, -1):
-            return
+        """Log the next line of metrics.jsonl unless that was done before; what is not finite leaves a gap."""
         self._log(step, {name: value for name, value in values.items() if value is not None and math.isfinite(value)})
-        self._note |= {kind: step, "rows": self._note.get("rows", 0) + 1}
-        self._write_note()
 
     def finish(self) -> None:
         """Let it end its work."""
@@ -99,7 +93,9 @@ class WandbRun(Tracker):
     """W&B, online or offline; a run that goes on keeps its id.
 
     W&B refuses steps that do not ascend and takes nothing back. So the step is a column, the x axis of every chart,
-    and W&B's own step counts the lines that it was sent.
+    and W&B's own step is the number of the line in metrics.jsonl, from which a server tells what it has. Offline
+    nothing can be told, a killed process loses its last hundred lines or so, and of several folders with one id the
+    one that is synchronised last replaces the others: each has all lines.
     """
 
     name = "wandb"
@@ -112,13 +108,16 @@ class WandbRun(Tracker):
         name = self._folder.resolve().parent.name
         tracker = WandBTracker(PROJECT, dir=str(self._folder), name=name, id=self._note["id"], resume="allow")
         tracker.start()
+        self._line, self._first = 0, tracker.tracker.step  # of those that are not on a server
         tracker.store_init_configuration(dict(self._settings))
         tracker.tracker.define_metric("step", hidden=True)
         tracker.tracker.define_metric("*", step_metric="step")
         return tracker
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        self._tracker.log({"step": step, **values}, step=self._note.get("rows", 0))
+        if self._line >= self._first:
+            self._tracker.log({"step": step, **values}, step=self._line)
+        self._line += 1
 
     def _start_error(self, error: Exception) -> InputError:
         return InputError(
@@ -128,13 +127,16 @@ class WandbRun(Tracker):
 
 
 class TensorBoardFiles(Tracker):
-    """TensorBoard; what was logged beyond the step from which a run goes on is hidden from its curves."""
+    """TensorBoard; what was logged beyond the step from which a run goes on is hidden from its curves.
+
+    Every line is on disk when it was logged, and the note says how far they go.
+    """
 
     name = "tensorboard"
     _switch = "tensorboard_logging"
 
     def _open(self, step: int) -> GeneralTracker:
-        is_new = "rows" not in self._note
+        is_new = not self._note
         self._note |= {kind: min(self._note[kind], step) for kind in ("train", "evaluation") if kind in self._note}
         tracker = TensorBoardTracker(self.name, self._folder, purge_step=None if is_new else step + 1)
         tracker.start()
@@ -144,7 +146,11 @@ class TensorBoardFiles(Tracker):
         return tracker
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        self._tracker.log(values, step=step)
+        kind = "train" if any(name.startswith("train/") for name in values) else "evaluation"
+        if step > self._note.get(kind, -1):
+            self._tracker.log(values, step=step)
+            self._note[kind] = step
+            self._write_note()
 
     def _start_error(self, error: Exception) -> InputError:
         return InputError(

@@ -81,8 +81,9 @@ class Window:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the clock."""
-        sums = dict(zip(self._names, self._sums.cpu().clone(), strict=True))
+        """Everything but the clock; all processes take part, and each goes on with the means of their sums."""
+        means = self._accelerator.reduce(self._sums, reduction="mean") if self._steps else self._sums
+        sums = dict(zip(self._names, means.cpu(), strict=True))
         return {"sums": sums, "batches": self._batches, "steps": self._steps, "examples": self._examples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ class Outcome:
         reason: a sentence on why it ended where it did.
         step: the last one that is known of.
         num_steps: asked for; None where that is not known.
-        selection_metric: its name; None where the log does not tell.
+        selection_metric: its name; None where the folder does not tell.
         higher_is_better: None where that cannot be told.
         best_metric, best_step: of the weights that were kept; None before the first evaluation.
         seconds: training time.
@@ -52,7 +52,7 @@ def outcome_of(run: Run) -> Outcome:
     num_steps = run.loop_setting("num_steps")
     best_step = number(final.get("best_step", run.progress.get("best_step")))
     best = number(run.progress.get("best_metric"))
-    name, higher_is_better = _selection(run, best)
+    name, higher_is_better = _selection(run)
     seconds = number(final.get("seconds", last.get("seconds", run.progress.get("seconds"))))
     skipped, overflowed = (_total(run, f"train/{kind}_steps") for kind in ("skipped", "overflow"))
     not_finite = bool(run.curves) and _last_loss(run) is None
@@ -126,26 +126,10 @@ def _rankers_ahead(run: Run, selection_metric: str | None) -> list[str]:
     ]
 
 
-def _selection(run: Run, best: float | None) -> tuple[str | None, bool | None]:
-    """Name of the metric that chose the weights, and whether more of it is better; None for what cannot be told.
-
-    It is the one whose highest or lowest value, of the evaluations that the checkpoint knows of, is the best metric,
-    and was first reached at the best step.
-    """
-    best_step, last = number(run.progress.get("best_step")), number(run.progress.get("evaluated_step"))
-    for name, curve in run.curves.items():
-        values: dict[float, float] = dict(zip(*curve, strict=True))
-        values = {step: value for step, value in values.items() if last is None or step <= last}
-        if best is None or best_step not in values or values[best_step] != best:
-            continue
-        fitting = [
-            higher
-            for higher, first in ((True, max), (False, min))
-            if first(values, key=values.__getitem__) == best_step
-        ]
-        if fitting:
-            return name, fitting[0] if len(fitting) == 1 else None
-    return None, None
+def _selection(run: Run) -> tuple[str | None, bool | None]:
+    """Name of the metric that chose the weights, and whether more of it is better, as training has noted them."""
+    name, higher = run.environment.get("selection_metric"), run.environment.get("higher_is_better")
+    return name if isinstance(name, str) and name in run.curves else None, higher if isinstance(higher, bool) else None
 
 
 def _last_loss(run: Run) -> float | None:

@@ -80,7 +80,7 @@ def test_a_row_for_everything(
     assert "linear: the whole loop gives the weights of its 2 steps" in capsys.readouterr().out
     (path,) = tmp_path.rglob("training_costs-quick.json")
     rows = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
-    steps = ["ours", "without_phases", "averaged_weights", "parameter_groups", "plain"]
+    steps = ["ours", "averaged_weights", "parameter_groups", "plain"]
     rare = ["checkpoint_waiting", "checkpoint", "log", "log_tensorboard", "log_wandb"]
     assert list(rows) == ["whole_loop", *steps, *rare]
     assert rows["log_wandb"]["note"] == "n/a: not installed"

@@ -29,6 +29,7 @@ from tests.tiny_dataset import MODEL_SIZES, NUM_ITEMS, walks
 from tests.training.tasks import QUANTIZERS, tokenizer_settings
 from tests.training.tiny import loop_config
 from training.loop import run_training
+from training.parameter_groups import ParameterGroup
 from training.processes import leave_together, on_main, process_state
 from training.run_folder import RunFolder, RunOptions
 from training.task import Task
@@ -42,6 +43,9 @@ TOKENIZERS = ("gumbel_softmax", "ema", "restarts", "sinkhorn", "separation")
 
 FAR = 50.0
 """Where no row is, so that codes there are restarted."""
+
+BROKEN_ROW = 7
+"""Of the features of `ema`: the steps that draw it are skipped, whichever process it comes to."""
 
 
 def retrieval_task(folder: Path) -> RetrievalTask:
@@ -85,8 +89,12 @@ def rqvae_task(name: str) -> RqVaeTask:
         codes[4:] += FAR
         model.quantizers[0].set_codes_(codes)
     rows = rows if neighbours == 1 else by_codes(model, features, rows)
+    valid_rows = rows
+    if name == "ema":
+        features[BROKEN_ROW] = np.nan
+        valid_rows = np.delete(rows, BROKEN_ROW)
     item_keys = [str(row) for row in range(len(features))]
-    return RqVaeTask(model, features, rows, rows, item_keys=item_keys, settings=settings, num_batches=NUM_STEPS)
+    return RqVaeTask(model, features, rows, valid_rows, item_keys=item_keys, settings=settings, num_batches=NUM_STEPS)
 
 
 def trained(name: str, task: Task, folder: Path, **changes: object) -> None:
@@ -120,7 +128,9 @@ def train_all(folder: Path) -> None:
     process_state()  # before whatever asks Accelerate, which would believe each process to be alone
     prepare(folder)
     trained("retrieval", retrieval_task(folder), folder)
-    trained("accumulated", retrieval_task(folder), folder, gradient_accumulation_steps=2)
+    frozen = ParameterGroup(parameters=("*embed*",), learning_rate_factor=0.0)
+    settings = {"gradient_accumulation_steps": 2, "average_decay": 0.9, "parameter_groups": (frozen,)}
+    trained("accumulated", retrieval_task(folder), folder, **settings)
     for name in TOKENIZERS:
         trained(name, rqvae_task(name), folder)
 

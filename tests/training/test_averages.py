@@ -69,6 +69,21 @@ def test_averages_are_applied_in_place_and_the_weights_come_back():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_averages_follow_weights_that_move_to_other_memory():
+    """As they do when a model is prepared for several processes on a CPU."""
+    model = model_at(1.0)
+    averages = AveragedWeights(model, 0.2)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    move(model, 11.0)
+    averages.update_(ONE)
+    assert averages_of(averages) == {10.0}
+    with averages.applied():
+        assert model[0].weight.unique().tolist() == [10.0]
+    averages.restart_()
+    assert averages_of(averages) == {11.0}
+
+
 def test_averages_continue_where_they_were_saved():
     model, other = model_at(1.0), model_at(7.0)
     averages, resumed = AveragedWeights(model, 0.9), AveragedWeights(other, 0.9)

@@ -75,6 +75,7 @@ started, jobs = threading.Event(), BackgroundJobs("test")
 jobs.start("write", write)
 started.wait()
 if sys.argv[2] == "interrupted":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in children of background jobs
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     jobs.settle()
 """

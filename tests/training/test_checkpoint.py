@@ -151,6 +151,17 @@ def test_a_copy_of_a_checkpoint_elsewhere_drops_nothing(store, tmp_path):
     assert newer.exists()
 
 
+def test_damage_in_the_folder_of_another_run_is_told_and_left_there(tmp_path):
+    (tmp_path / "other/checkpoints").mkdir(parents=True)
+    older, newer = save(CheckpointStore(tmp_path / "other/checkpoints", keep=2), 5, 10)
+    os.truncate(newer / "state.pt", 100)
+    said = []
+    mine = CheckpointStore(tmp_path, keep=2)
+    assert mine.choose(str(tmp_path / "other"), discard_newer=False, say=said.append) == older
+    assert said == [f"warning: skipping the damaged checkpoint {newer}: state.pt was truncated or changed"]
+    assert newer.exists()
+
+
 def test_a_path_that_is_no_checkpoint(store, tmp_path):
     with pytest.raises(InputError, match=r"--resume .*nowhere: not a whole checkpoint \(manifest.json: No such file"):
         store.choose(str(tmp_path / "nowhere"), discard_newer=False, say=print)

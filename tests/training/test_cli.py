@@ -137,7 +137,7 @@ def test_print_config_shows_values_with_origins_and_runs_nothing(run, tmp_path):
         (["--gin.train.save_dir_root"], "error: command line: expected --gin.NAME=VALUE, got --gin.train.save_dir_ro"),
         (["--gin.train.save_dir_root=o", "--gin.LoopConfig.num_stpes=3"], "error: command line: LoopConfig has no par"),
         (["--gin.train.save_dir_root=o", "--gin.LoopConfig.num_steps=0"], "error: LoopConfig.num_steps expected at le"),
-        (["--gin.train.save_dir_root=o", "--resume", "nowhere"], "error: --resume nowhere: not a whole checkpoint"),
+        (["--gin.train.save_dir_root=o", "--resume", "nowhere"], "error: --resume nowhere: no such folder."),
     ],
 )
 def test_input_errors_are_one_line_and_code_2(run, arguments, message):

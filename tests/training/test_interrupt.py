@@ -68,10 +68,9 @@ def script(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_resumes_exactly(script, number):
+def test_a_signal_finishes_the_step_saves_and_resumes_exactly(script):
     assert main(train, "script_tiny", [str(script.folder / "tiny.gin"), f"{ROOT}={script.folder / 'whole'}"]) == 0
-    code, error = script.stop_at("cut", "step 4/40", number, "--gin.train.step_seconds=0.05")
+    code, error = script.stop_at("cut", "step 4/40", signal.SIGTERM, "--gin.train.step_seconds=0.05")
     assert code == 130
     assert "Traceback" not in error
     assert "continue with --resume auto" in error
@@ -108,6 +107,42 @@ def test_the_second_signal_leaves_at_once(script):
     error = process.communicate(timeout=20)[1]
     assert process.returncode == 130
     assert error.splitlines()[-1] == "interrupted"
+
+
+SECOND = """
+import signal, sys, threading, time
+from pathlib import Path
+from tests.training.tiny import LinearTask, train_tiny
+from training import checkpoint, interrupt
+from training.cli import run_cli
+
+def write(*arguments, **keywords):
+    writing.set()
+    time.sleep(300)
+
+class Stopping(LinearTask):
+    def batch(self, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return super().batch(step)
+
+def wait(store):
+    writing.wait()
+    signal.raise_signal(signal.SIGINT)
+
+writing, interrupt._ECHO_SECONDS = threading.Event(), 0.0
+checkpoint.write_checkpoint, checkpoint.CheckpointStore.wait = write, wait
+sys.exit(run_cli(lambda argv: train_tiny(Path(sys.argv[1]), Stopping()), []))
+"""
+
+
+def test_the_second_signal_does_not_wait_for_a_checkpoint_that_is_being_written(tmp_path):
+    command = [sys.executable, "-c", SECOND, str(tmp_path)]
+    repository = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (130, "interrupted")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [".writing_step_00000003"]
 
 
 def test_the_echo_of_a_signal_is_not_a_second_one(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,12 +43,13 @@ def tensorboard_curves(run):
 
 
 def wandb_rows(run):
-    """Rows of W&B's history by its own step, of all lives of the run; and the ids under which they were sent."""
+    """Rows of W&B's history by its own step, of the run's last life; and the ids of all lives."""
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
-    rows, ids = {}, set()
-    for path in sorted(run.root.glob("trackers/wandb/offline-run-*/*.wandb")):
+    ids = set()
+    for path in sorted(run.root.glob("trackers/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime):
+        rows = {}
         store = DataStore()
         store.open_for_scan(str(path))
         while (data := store.scan_data()) is not None:
@@ -129,9 +131,37 @@ def test_without_trackers_there_is_metrics_jsonl_alone(run):
     assert not (run.root / "trackers").exists()
 
 
+@pytest.mark.parametrize("first_lost", [0, 5])
+def test_lines_that_a_server_does_not_have_are_sent_to_wandb_again(run, monkeypatch, first_lost):
+    """Under their numbers; offline that is all of them."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    sent = []
+
+    class Fake:
+        def __init__(self, project, **settings):
+            self.tracker = SimpleNamespace(step=first_lost, define_metric=lambda *names, **settings: None)
+
+        def start(self): ...
+
+        def store_init_configuration(self, settings): ...
+
+        def log(self, values, step):
+            sent.append((step, values["step"], "train/norm" in values))
+
+        def finish(self): ...
+
+    monkeypatch.setattr("training.trackers.WandBTracker", Fake)
+    trackers = {"wandb_logging": True, "tensorboard_logging": False}
+    log_steps(run, 1, 6, **trackers)
+    sent.clear()
+    log_steps(run, 5, 6, after=4, evaluated=4, **trackers)
+    lines = [(1, True), (2, True), (3, True), (4, True), (4, False), (5, True), (6, True)]
+    assert sent == [(number, *line) for number, line in enumerate(lines)][first_lost:]
+
+
 @pytest.mark.slow
-def test_wandb_offline_gets_every_row_once_under_one_id(run, monkeypatch):
-    """Interrupted and resumed: the rows of both lives are those of metrics.jsonl, and W&B's own step ascends."""
+def test_wandb_offline_gets_every_row_in_every_life_under_one_id(run, monkeypatch):
+    """Interrupted and resumed: the rows of the second life are all those of metrics.jsonl, each once."""
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -8,7 +8,14 @@ from torch import nn
 
 from data.schemas import InputError
 from tests.training.tiny import loop_config
-from training.optimizers import build_optimizer, load_optimizer_state_, optimizer_state, set_rate_, step_unless_
+from training.optimizers import (
+    _require_fused_adagrad,
+    build_optimizer,
+    load_optimizer_state_,
+    optimizer_state,
+    set_rate_,
+    step_unless_,
+)
 from training.parameter_groups import ParameterGroup
 
 
@@ -191,3 +198,10 @@ def test_a_step_is_taken_unless_it_must_not(optimizer_name):
     torch.testing.assert_close(models[2].state_dict(), before, rtol=0, atol=0)
     assert not hasattr(skipped, "found_inf")
     assert {float(moments["step"]) for moments in skipped.state.values()} == {0}
+
+
+def test_adagrad_that_this_torch_cannot_skip_on_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    _require_fused_adagrad(torch.device("cpu"))
+    with pytest.raises(InputError, match=r"needs torch 2\.12 on CUDA devices, got 2\.11\.0\+cu130"):
+        _require_fused_adagrad(torch.device("cuda"))

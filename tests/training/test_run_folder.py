@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.schemas import InputError
+from tests.training.small_disks import small_files
 from training import run_folder
 from training.config_changes import Setting
 from training.run_folder import RunFolder, RunOptions
@@ -243,7 +244,8 @@ def test_allowed_changes_are_kept_and_said(tmp_path, caplog):
     run = RunFolder.open(tmp_path, options(setting("a", 1)), seed=7)
     run.append_metrics({"step": 1})
     for value in (2, 2, 3):
-        RunFolder.open(tmp_path, options(setting("a", value), resume="auto", allow_changes=True), seed=7)
+        again = RunFolder.open(tmp_path, options(setting("a", value), resume="auto", allow_changes=True), seed=7)
+        again.accept_changes()
     changes = [(change["before"], change["now"], change["origin"]) for change in run.environment()["changes"]]
     assert changes == [("1", "2", "c.gin:1"), ("2", "3", "c.gin:1")]
     assert [record.message for record in caplog.records] == [
@@ -251,6 +253,51 @@ def test_allowed_changes_are_kept_and_said(tmp_path, caplog):
     ]
     RunFolder.open(tmp_path, options(setting("a", 4), overwrite=True), seed=7)
     assert run.environment()["changes"] == []
+
+
+def test_changes_that_come_to_nothing_are_not_recorded(tmp_path):
+    """As when the checkpoint does not fit them: the run is still the one that it was."""
+    run = RunFolder.open(tmp_path, options(setting("a", 1)), seed=7)
+    run.append_metrics({"step": 1})
+    RunFolder.open(tmp_path, options(setting("a", 2), resume="auto", allow_changes=True), seed=7)
+    assert run.environment()["changes"] == []
+    RunFolder.open(tmp_path, options(setting("a", 1), resume="auto"), seed=7)
+
+
+def test_data_and_inputs_of_a_run_that_got_nowhere_bind_nobody(tmp_path):
+    start(tmp_path, resume="auto").require_same(tokenizer="abc")
+    again = RunFolder.open(tmp_path, RunOptions(resume="auto"), seed=7, data_manifest_hash="xyz")
+    again.require_same(tokenizer="xyz")
+
+
+def test_a_path_that_is_not_there_is_refused_before_anything_is_removed(tmp_path):
+    run = finished_run(tmp_path / "run")
+    with pytest.raises(InputError, match=r"--resume .*/typo: no such folder"):
+        start(run.root, resume=str(tmp_path / "typo"), overwrite=True)
+    assert run.metrics_log.exists()
+
+
+def test_a_run_whose_removal_was_cut_short_keeps_its_settings_as_long_as_its_checkpoints(tmp_path, monkeypatch):
+    finished_run(tmp_path)
+    (tmp_path / "operative_config.gin").write_text("a = 1  # c.gin:1\n")
+
+    def crash(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, overwrite=True)
+    monkeypatch.undo()
+    assert (tmp_path / "operative_config.gin").exists()
+    assert not list((tmp_path / "checkpoints").glob("step_*"))  # whole or away, never half removed
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    run = start(tmp_path)
+    for write in (lambda: run.append_metrics({"x": "x" * 5000}), lambda: run.write_metrics({"x": "x" * 5000})):
+        with small_files(), pytest.raises(OSError, match=r"metrics\.json") as caught:
+            write()
+        assert "metrics.json" in caught.value.filename
 
 
 def test_a_run_without_gin_has_no_settings_to_compare(tmp_path):
@@ -303,6 +350,14 @@ def test_a_trial_is_never_continued(tmp_path):
     with pytest.raises(InputError, match=r"run-dry-run holds what --dry-run left, which cannot be continued"):
         start(tmp_path / "run-dry-run", resume="auto")
     assert start(tmp_path / "run-dry-run", overwrite=True).environment()["trial"] is None
+
+
+def test_a_new_run_leaves_the_files_of_others_alone(tmp_path):
+    foreign = [tmp_path / ".tmpAb12Cd", tmp_path / ".theirs.tmp"]
+    for path in foreign:
+        path.write_text("theirs")
+    start(tmp_path)
+    assert all(path.exists() for path in foreign)
 
 
 def test_what_a_killed_program_left_is_gone_after_the_next_start(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ops.graphs
+import training.step
 from data.schemas import InputError
 from tests.ops.recorders import TapeRecorder
 from tests.training.tasks import rqvae_task
@@ -132,27 +133,28 @@ def logged(step: OptimizerStep, *batches) -> dict[str, float]:
 
 
 def bad_gradient(task: LinearTask) -> None:
-    """The loss stays as it is; its gradient is NaN where the batch begins with 7."""
+    """The loss stays as it is; its gradient is NaN where the batch begins with 7, and a part of it where with 8."""
     plain = task.loss
 
     def loss(model, batch):
         losses = plain(model, batch)
         root = torch.sqrt((batch[0, 0] - 7).abs() + 0 * model[0].weight.sum())  # has no slope at 0
-        return losses | {"loss": losses["loss"] + 0 * root}
+        part = losses["absolute"] * torch.where(batch[0, 0] == 8, math.inf, 1.0)
+        return {"loss": losses["loss"] + 0 * root, "absolute": part}
 
     task.loss = loss
 
 
 @pytest.mark.parametrize(("optimizer", "recorded"), [("adamw", False), ("adamw", True), ("adagrad", False)])
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(recorders, kind, optimizer, recorded):
+@pytest.mark.parametrize("first", [math.nan, 7.0, 8.0], ids=["loss", "gradient", "part of the loss"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(recorders, first, optimizer, recorded):
     task = LinearTask(dropout=0.0)
     bad_gradient(task)
     step = step_of(task, recorded=recorded, averages=0.9, optimizer=optimizer)
     for index in range(4):
         assert logged(step, task.examples(index))["skipped"] == 0
     bad = task.examples(4)
-    bad[0, 0] = math.nan if kind == "loss" else 7.0
+    bad[0, 0] = first
     before = everything_of(step)
     assert logged(step, bad) == {"loss/loss": 0, "loss/absolute": 0, "norm": 0, "skipped": 1}
     assert logged(step, bad)["skipped"] == 1
@@ -202,10 +204,14 @@ def test_one_bad_batch_of_several_skips_the_step():
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_step_that_fails_on_another_process_is_skipped_here(scaled):
-    task = LinearTask(dropout=0.0)
-    step = step_of(task, scaler=scaler() if scaled else None, other_process=lambda flag: flag + 1)
-    before = everything_of(step)
-    assert logged(step, task.examples(0))["skipped"] == 1
+    """With loss scaling the gradients of all are bad by then, and yet it is no overflow."""
+    task, scaling = LinearTask(dropout=0.0), scaler() if scaled else None
+    bad_gradient(task)
+    step = step_of(task, scaler=scaling, other_process=lambda flag: flag + 1)
+    before, batch = everything_of(step), task.examples(0)
+    if scaled:
+        batch[0, 0] = 7.0
+    assert logged(step, batch)["skipped"] == 1
     torch.testing.assert_close(everything_of(step)[0], before[0], rtol=0, atol=0)
     assert step.skipped_in_a_row() == 1
 
@@ -315,6 +321,33 @@ def test_gradients_that_overflow_without_a_scale_are_skipped_and_counted():
     assert [(values["overflow"], values["skipped"]) for values in kinds] == [(1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]
     assert scaling.get_scale() == 1.0
     assert step.skipped_in_a_row() == 3
+
+
+def test_a_step_that_raises_leaves_nothing_to_the_next(monkeypatch):
+    """As a recording does that fails in the optimizer: the step runs again, and unscales its gradients again."""
+
+    def fail(optimizer, skip):
+        raise RuntimeError("cannot be recorded")
+
+    failing, plain = LinearTask(dropout=0.0), LinearTask(dropout=0.0)
+    steps = [step_of(task, scaler=scaler()) for task in (failing, plain)]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.step, "step_unless_", fail)
+        with pytest.raises(RuntimeError, match="cannot be recorded"):
+            logged(steps[0], failing.examples(0))
+    for task, step in zip((failing, plain), steps, strict=True):
+        logged(step, task.examples(0))
+    torch.testing.assert_close(weights(failing), weights(plain), rtol=0, atol=0)
+
+
+def test_gradients_are_reduced_once_per_step():
+    """Several processes tell each other the gradients of the last of the accumulated batches, which hold all."""
+    unsynced = []
+    task = LinearTask()
+    step = step_of(task, gradient_accumulation_steps=3)
+    step._accelerator.no_sync = lambda model: (unsynced.append(task.last_step), nullcontext())[1]
+    step(task.batch(index) for index in range(3))
+    assert unsynced == [0, 1]
 
 
 def test_a_step_names_its_phases_for_the_profiler():

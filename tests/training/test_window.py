@@ -11,12 +11,13 @@ NAMES = ("loss/loss", "norm", "skipped")
 GOOD, SKIPPED, OVERFLOWED = (6.0, 2.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0)
 
 
-def window(*, scaled: bool = True) -> Window:
+def window(*, scaled: bool = True, other_process: float = 1.0) -> Window:
+    """Of one process, or of two, the other of which has so many times the sums of this one."""
     accelerator = SimpleNamespace(
         scaler=object() if scaled else None,
         device=torch.device("cpu"),
         num_processes=1,
-        reduce=lambda sums, reduction: sums,
+        reduce=lambda sums, reduction: sums * (1 + other_process) / 2,
     )
     return Window(accelerator)
 
@@ -68,6 +69,16 @@ def test_a_saved_window_continues():
     assert read(resumed) == read(whole)
     add(cut, SKIPPED)  # what was saved is a copy
     assert resumed.num_steps == 3
+
+
+def test_a_saved_window_holds_the_means_of_all_processes():
+    """Only the main one's is kept, and every process continues it."""
+    saved, resumed = window(other_process=3.0), window()
+    add(saved, GOOD)
+    resumed.load_state_dict(saved.state_dict())
+    add(resumed, GOOD)
+    assert read(resumed)["train/loss"] == 3.0  # 6 and 18 of the two processes, then 6 of each, over six batches
+    assert window(other_process=3.0).state_dict()["sums"] == {}
 
 
 def test_a_window_saved_before_steps_could_be_skipped_continues():

@@ -25,6 +25,8 @@ def write_run(folder, *, scale=1.0, finished=True, script="train_decoder", learn
     ]
     (folder / "operative_config.gin").write_text("\n".join(settings) + "\n")
     environment = {
+        "selection_metric": SELECTION,
+        "higher_is_better": True,
         "run_format": 1,
         "started": "2026-01-02T03:04:05+00:00",
         "command": "python train_decoder.py run.gin",

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from data.schemas import InputError
@@ -21,34 +19,12 @@ def test_a_run_that_finished(tmp_path):
     assert (found.skipped, found.overflowed, found.seconds, found.advice) == (0, 0, 65.2, ())
 
 
-def test_a_metric_of_which_less_is_better(tmp_path):
+def test_what_an_older_or_a_foreign_folder_does_not_tell_is_not_guessed(tmp_path):
     run = write_run(tmp_path / "run")
-    records = [{"step": step, "seconds": 1.0, "valid/loss": 3 - step / 100} for step in (20, 80)]
-    write_log(run, [*records, {"step": 100, "seconds": 1.0, "valid/loss": 2.5}])
-    write_json(run / "checkpoints/step_00000100/progress.json", {"step": 100, "best_metric": 2.2, "best_step": 80})
-    found = outcome(run)
-    assert (found.selection_metric, found.higher_is_better) == ("valid/loss", False)
-
-
-def test_an_evaluation_that_no_checkpoint_knows_of_does_not_turn_the_direction(tmp_path):
-    """Killed between an evaluation that was the best so far and its checkpoint."""
-    run = write_run(tmp_path / "run", finished=False)
-    write_log(run, [*log_records(1.0), {"step": 120, "seconds": 1.0, SELECTION: 0.2}])
-    found = outcome(run)
-    assert (found.selection_metric, found.higher_is_better, found.best_metric) == (SELECTION, True, 0.1)
-
-
-def test_a_metric_with_the_best_value_that_was_no_best_is_not_the_one_selected_by(tmp_path):
-    run = write_run(tmp_path / "run")
-    others = {20: 0.3, 40: 0.0, 60: 0.0, 80: 0.1, 100: 0.0}
-    write_log(
-        run,
-        [
-            {"a/valid": others[record["step"]], **record} if SELECTION in record else record
-            for record in log_records(1.0)
-        ],
-    )
-    assert outcome(run).selection_metric == SELECTION
+    for environment in ({}, {"selection_metric": "not/logged", "higher_is_better": "yes"}, {"selection_metric": []}):
+        write_json(run / "env.json", {"run_format": 1, **environment})
+        found = outcome(run)
+        assert (found.selection_metric, found.higher_is_better, found.best_metric) == (None, None, 0.1)
 
 
 def test_a_trial_is_no_run_to_go_on_with(tmp_path):
