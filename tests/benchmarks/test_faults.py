@@ -119,9 +119,9 @@ def test_a_small_campaign(run, tmp_path):
     """Real lives of the real script: killed, interrupted, damaged."""
     pace = measure_pace(run)
     expected = run.outcome()
-    tally = kill_campaign(tmp_path / "kills", run, expected, pace, kills=2, seed="2")
+    tally = kill_campaign(tmp_path / "kills", run, expected, pace, kills=1, seed="2")
     assert tally.failures == []
-    assert tally.kills == 2
+    assert tally.kills >= 1
     interrupted = run.anew(tmp_path / "interrupted")
     interrupt(interrupted, signal.SIGTERM)
     trials, seen = flipped_bits(Victim(interrupted, expected, tmp_path, random.Random(0)), flips=1)
