@@ -1,7 +1,7 @@
 """Claim: training gives the same model whether or not it was interrupted, and whatever happens to its disk is either
 survived or refused with one clear error.
 
-    python -m benchmarks.faults            # 200 kills and every kind of damage: up to 20 minutes on two cores
+    python -m benchmarks.faults            # 200 kills and every kind of damage: ten minutes on two cores
     python -m benchmarks.faults --quick    # a few of each, a minute
 
 The demo's training, made short, is killed at random moments and inside writes of checkpoints, and started again each
