@@ -221,11 +221,10 @@ def run_script(
         return leaving.code if isinstance(leaving.code, int) else 2
     try:
         from training.cli import run_cli
-        from training.processes import leave_after_error
     except KeyboardInterrupt:  # importing torch takes seconds
         print("interrupted", file=sys.stderr)
         return 130
-    return leave_after_error(run_cli(lambda _: command(args), argv))
+    return run_cli(lambda _: command(args), argv)
 
 
 def positive_int(text: str) -> int:

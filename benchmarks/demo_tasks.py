@@ -32,12 +32,10 @@ class UnmeasuredRqVaeTask(RqVaeTask):
         return {self.selection_metric: 0.0}
 
 
-def decoder_task(*, batch_size: int = BATCH_SIZE, dropout: float = 0.1) -> RetrievalTask:
-    """The retrieval model of configs/demo/decoder.gin; its evaluation measures nothing."""
-    torch.manual_seed(0)
-    generator = np.random.default_rng(0)
-    config = RetrievalModelConfig(
-        languages={"text": LEVEL_SIZES},
+def decoder_config(level_sizes: tuple[int, ...], *, dropout: float = 0.1) -> RetrievalModelConfig:
+    """The sizes of configs/demo/decoder.gin."""
+    return RetrievalModelConfig(
+        languages={"text": level_sizes},
         d_model=64,
         num_heads=2,
         head_dim=32,
@@ -47,7 +45,13 @@ def decoder_task(*, batch_size: int = BATCH_SIZE, dropout: float = 0.1) -> Retri
         num_user_buckets=0,
         dropout=dropout,
     )
-    model = EncoderDecoderRetrievalModel(config)
+
+
+def decoder_task(*, batch_size: int = BATCH_SIZE, dropout: float = 0.1) -> RetrievalTask:
+    """The retrieval model of configs/demo/decoder.gin; its evaluation measures nothing."""
+    torch.manual_seed(0)
+    generator = np.random.default_rng(0)
+    model = EncoderDecoderRetrievalModel(decoder_config(LEVEL_SIZES, dropout=dropout))
     process = process_state()
     codes = np.stack([generator.integers(size, size=NUM_ITEMS) for size in LEVEL_SIZES], axis=1)
     histories, ranges = _histories(generator)

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 
 from benchmarks.common import REPOSITORY, begin, finish, parser, summarize
+from benchmarks.demo_tasks import decoder_config
 from benchmarks.http_load import Connection, Outcome, arrive, request_bytes, saturate, watched
 from data.schemas import Catalogue, InputError
 from modules.artifact import save_model_artifact
-from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
+from modules.model import EncoderDecoderRetrievalModel
 from modules.recommender import Recommender
 from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
@@ -174,17 +175,7 @@ def save_random_artifact(folder: Path, num_items: int = 2000) -> Path:
         feature_description={"encoder": "file"},
         dataset_manifest_hash="",
     )
-    config = RetrievalModelConfig(
-        languages={"text": tokenizer.level_sizes},
-        d_model=64,
-        num_heads=2,
-        head_dim=32,
-        d_ff=256,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
-        num_user_buckets=0,
-    )
-    model = EncoderDecoderRetrievalModel(config)
+    model = EncoderDecoderRetrievalModel(decoder_config(tokenizer.level_sizes))
     save_model_artifact(folder, model, tokenizer, {}, ranker_settings={"beam_width": 20, "max_history": 10})
     return folder
 

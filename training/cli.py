@@ -35,16 +35,19 @@ def main(train: Callable[..., object], script: str, argv: Sequence[str] | None =
     Returns:
         The exit code.
     """
-    return leave_after_error(
-        run_cli(lambda arguments: _train(train, script, arguments), sys.argv[1:] if argv is None else argv)
-    )
+    return run_cli(lambda arguments: _train(train, script, arguments), sys.argv[1:] if argv is None else argv)
 
 
 def run_cli(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command and turn its errors into messages and exit codes; None from the command means 0.
 
-    What the library logs, such as the preparation of a data set, goes to stderr.
+    What the library logs, such as the preparation of a data set, goes to stderr. One of several processes does not
+    return: it ends with the code.
     """
+    return leave_after_error(_exit_code(command, argv))
+
+
+def _exit_code(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for room in ("data", "modules", "training"):
         logging.getLogger(room).setLevel(logging.INFO)
