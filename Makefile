@@ -19,8 +19,10 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) -m benchmarks.attention
+	$(RUN) -m benchmarks.silu_attention
 	$(RUN) -m benchmarks.add_rms_norm
 	$(RUN) -m benchmarks.cross_entropy
+	$(RUN) -m benchmarks.catalogue_loss
 	$(RUN) -m benchmarks.train_step
 	$(RUN) -m benchmarks.rqvae_step
 	$(RUN) -m benchmarks.feature_batches

@@ -34,8 +34,10 @@ Results = Mapping[str, Rows]
 
 TIMED = (
     "attention",
+    "silu_attention",
     "add_rms_norm",
     "cross_entropy",
+    "catalogue_loss",
     "train_step",
     "rqvae_step",
     "assign_ids",
@@ -43,7 +45,7 @@ TIMED = (
     "trie",
     "length_scaling",
 )
-WITH_LENGTHS = ("attention", "add_rms_norm", "train_step", "beam_search")
+WITH_LENGTHS = ("attention", "silu_attention", "add_rms_norm", "train_step", "beam_search")
 NEED_DATA = ("loss_curve", "train_decoder")
 PARTS = ("gpu_tests", "kernel_tests", *TIMED, *NEED_DATA)
 _LOG_CHARACTERS = 4000

@@ -23,15 +23,11 @@ from ops.jagged import (
     jagged_to_padded,
     padded_to_jagged,
 )
-from ops.layers import (
-    add_rms_norm,
-    cross_entropy_small_vocab,
-    dropout,
-    relu_feed_forward,
-    semantic_id_embedding,
-)
+from ops.layers import add_rms_norm, dropout, relu_feed_forward, semantic_id_embedding
+from ops.losses import catalogue_cross_entropy, cross_entropy_small_vocab
 from ops.reference.relative_buckets import relative_buckets
 from ops.seeds import dropout_seeds
+from ops.silu_attention import jagged_silu_attention
 
 __all__ = [
     "GraphedCall",
@@ -41,6 +37,7 @@ __all__ = [
     "beam_cross_attention",
     "beam_self_attention",
     "build_trie",
+    "catalogue_cross_entropy",
     "codebook_stats",
     "cross_entropy_small_vocab",
     "describe_backend",
@@ -50,6 +47,7 @@ __all__ = [
     "jagged_concat",
     "jagged_mean",
     "jagged_self_attention",
+    "jagged_silu_attention",
     "jagged_softmax",
     "jagged_split",
     "jagged_sum",

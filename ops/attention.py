@@ -139,7 +139,7 @@ def _attend(
 ) -> Tensor:
     """The twin that runs; q None and kv [T, 3, H, D] is self attention."""
     rest = (offsets_q, offsets_k, max_q, max_k, scale, bias_table, max_distance, causal, dropout_p)
-    if _heads_in_triton(op, kv):
+    if heads_in_triton(op, kv):
         from ops.triton.jagged_attention import jagged_attention as twin
 
         return twin(q, kv, *rest, seed)
@@ -196,7 +196,7 @@ def beam_cross_attention(q: Tensor, kv: Tensor, offsets_k: Tensor, *, max_k: int
         raise ValueError(f"ops.{op} expected offsets_k of the {len(q)} rows of q, got {len(offsets_k) - 1} rows.")
     checks.check_max_len(op, "max_k", max_k, offsets_k)
     q, kv = to_autocast_dtype(q, kv)
-    if _heads_in_triton(op, q):
+    if heads_in_triton(op, q):
         from ops.triton.beam_attention import beam_cross_attention as twin
 
         return twin(q, kv, offsets_k, max_k, scale)
@@ -244,7 +244,7 @@ def beam_self_attention(
         raise ValueError(f"ops.{op} expected bias [{q.shape[2]}, {num_steps}], got {checks.shape_of(bias)}.")
     checks.check_device(op, q=q, cache=cache, ancestors=ancestors, bias=bias)
     checks.check_index_range(op, "ancestors", ancestors, cache.shape[2])
-    if _heads_in_triton(op, q):
+    if heads_in_triton(op, q):
         from ops.triton.beam_attention import beam_self_attention as twin
 
         return twin(q, cache, ancestors, scale, bias)
@@ -253,13 +253,15 @@ def beam_self_attention(
     return _beam_self_attention(q, cache, ancestors, scale, bias)
 
 
-def _heads_in_triton(op: str, q: Tensor) -> bool:
-    if not uses_triton(q.device.type) or q.dtype == torch.float64:
+def heads_in_triton(op: str, *heads: Tensor) -> bool:
+    """Whether kernels take heads [..., D] of one dtype."""
+    dtype, width = heads[0].dtype, max(part.shape[-1] for part in heads)
+    if not uses_triton(heads[0].device.type) or dtype == torch.float64:
         return False
-    if q.dtype in (torch.float32, torch.float16, torch.bfloat16) and q.shape[-1] <= _WIDEST_HEAD:
+    if dtype in (torch.float32, torch.float16, torch.bfloat16) and width <= _WIDEST_HEAD:
         return True
     say_once(
-        f"ops.{op} runs in PyTorch for {q.dtype} heads of width {q.shape[-1]}: its kernel takes fp32, fp16 and bf16 "
+        f"ops.{op} runs in PyTorch for {dtype} heads of width {width}: its kernel takes fp32, fp16 and bf16 "
         f"up to width {_WIDEST_HEAD}."
     )
     return False

@@ -98,6 +98,18 @@ def check_index_range(op: str, name: str, index: Tensor, size: int, *, allowed: 
         raise ValueError(f"ops.{op} expected {name} in 0..{size - 1}{also}, got {int(index[wrong][0])}.")
 
 
+def check_not_flagged(
+    op: str, name: str, index: Tensor, flags_name: str, flags: Tensor, *, allowed: int | None = None
+) -> None:
+    """Raise if an entry of `index` other than `allowed` leads to a set flag, where values are read."""
+    if not _reads_values(index):
+        return
+    read = index if allowed is None else index[index != allowed]
+    if bool(flags[read].any()):
+        wrong = int(read[flags[read]][0])
+        raise ValueError(f"ops.{op} expected {name} that is not {flags_name}, got {wrong}.")
+
+
 def check_level_codes(op: str, codes: Tensor, level_offsets: Tensor, num_tokens: int) -> None:
     """Raise if a code that is not below 0 leads behind the table's `num_tokens` rows, where values are read."""
     if _reads_values(codes):

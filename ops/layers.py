@@ -1,8 +1,5 @@
 """Ops of transformer layers that are not attention."""
 
-from collections.abc import Sequence
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -13,7 +10,6 @@ from ops.cpu.dropout import dropout as _dropout_cpu
 from ops.cpu.relu_feed_forward import relu_feed_forward as _relu_feed_forward_cpu
 from ops.cpu.semantic_id_embedding import semantic_id_embedding as _semantic_id_embedding_cpu
 from ops.reference.add_rms_norm import add_rms_norm as _add_rms_norm
-from ops.reference.cross_entropy_small_vocab import cross_entropy_small_vocab as _cross_entropy_small_vocab
 from ops.reference.dropout import dropout as _dropout
 from ops.reference.relu_feed_forward import relu_feed_forward as _relu_feed_forward
 from ops.reference.semantic_id_embedding import semantic_id_embedding as _semantic_id_embedding
@@ -185,51 +181,6 @@ def semantic_id_embedding(
     return _semantic_id_embedding(codes, table, level_offsets, positions, deterministic)
 
 
-def cross_entropy_small_vocab(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    level_slice: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
-) -> Tensor:
-    """Cross-entropy of each row, in fp32.
-
-    Args:
-        logits: [R, K].
-        target: [R] int64 in 0..K-1, counted from the slice's first column, or ignore_index.
-        ignore_index: rows with this target count 0 and pass no gradient.
-        label_smoothing: share of the target that is spread evenly over all classes of the slice.
-        level_slice: (begin, end) columns that take part, all others getting zero gradient. With P pairs, row r takes
-            pair r % P: logits [B * P, K] hold the P levels of every example one after the other.
-
-    Returns:
-        [R] fp32 (fp64 for fp64 logits), not averaged.
-
-    Raises:
-        ValueError: if the shapes disagree, a slice lies outside the logits, R is no multiple of P, label_smoothing is
-            outside [0, 1], or a target is beyond its slice (read on a CPU and with OPS_DEBUG=1; elsewhere the
-            kernels give such a row the loss NaN).
-    """
-    op = "cross_entropy_small_vocab"
-    checks.check_rank(op, "logits", logits, "R, K")
-    checks.check_index_dtype(op, "target", target)
-    if target.shape != logits.shape[:1]:
-        raise ValueError(f"ops.{op} expected target [{logits.shape[0]}], got {checks.shape_of(target)}.")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"ops.{op} expected label_smoothing in [0, 1], got {label_smoothing}.")
-    checks.check_device(op, logits=logits, target=target)
-    slices = _slices(op, logits, level_slice)
-    for number, (begin, end) in enumerate(slices):
-        own = target[number :: len(slices)]
-        checks.check_index_range(op, "target", own, end - begin, allowed=ignore_index)
-    if _runs_on_triton(logits):
-        from ops.triton.cross_entropy_small_vocab import cross_entropy_small_vocab as twin
-
-        return twin(logits, target, ignore_index, label_smoothing, slices)
-    return _cross_entropy_small_vocab(logits, target, ignore_index, label_smoothing, slices)
-
-
 def _runs_on_triton(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: float64 always goes to the reference."""
     given = [tensor for tensor in tensors if tensor is not None]
@@ -243,21 +194,3 @@ def _fits_norm_kernel(width: int) -> bool:
         f"ops.add_rms_norm runs in PyTorch for rows of {width} elements: its kernels take up to {_MAX_NORM_WIDTH}."
     )
     return False
-
-
-def _slices(
-    op: str, logits: Tensor, level_slice: tuple[int, int] | Sequence[tuple[int, int]] | None
-) -> tuple[tuple[int, int], ...]:
-    num_rows, num_columns = logits.shape
-    if level_slice is None:
-        level_slice = (0, num_columns)
-    several = len(level_slice) > 0 and not isinstance(level_slice[0], int)
-    slices = cast(tuple[tuple[int, int], ...], tuple(level_slice) if several else (level_slice,))
-    if num_rows % len(slices) != 0:
-        raise ValueError(f"ops.{op} expected a multiple of {len(slices)} rows, one per slice, got {num_rows}.")
-    for pair in slices:
-        if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= num_columns:
-            raise ValueError(
-                f"ops.{op} expected level_slice as (begin, end) within the {num_columns} columns of logits, got {pair}."
-            )
-    return slices

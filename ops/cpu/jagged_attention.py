@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ops.cpu.dropout import keep_mask
+from ops.cpu.plans import PlanMemo
 from ops.reference.relative_buckets import relative_buckets
 
 _MAX_EXACT_GROUPS = 32
@@ -20,9 +21,6 @@ _MAX_EXACT_GROUPS = 32
 
 _PADDING_TOLERANCE = 0.8
 """Otherwise a group takes rows down to this share of its longest row's length."""
-
-_MAX_PLANS = 4
-"""Remembered: a training step needs three (encoder, decoder, cross attention)."""
 
 
 @dataclass(frozen=True)
@@ -169,24 +167,7 @@ def _plan(offsets_q: Tensor, offsets_k: Tensor, layout: _Layout) -> _Plan:
     return _Plan(groups, int(offsets_q[-1]), int(offsets_k[-1]))
 
 
-class _PlanMemo:
-    """The latest plans, so that the layers of a stack share one."""
-
-    def __init__(self) -> None:
-        self._entries: tuple[tuple[Any, _Plan], ...] = ()
-
-    def __call__(self, offsets_q: Tensor, offsets_k: Tensor, layout: _Layout) -> _Plan:
-        key = (offsets_q.numpy().tobytes(), offsets_k.numpy().tobytes(), layout)
-        entries = self._entries  # replaced, never changed: another thread may be reading them
-        for known_key, plan in entries:
-            if known_key == key:
-                return plan
-        plan = _plan(offsets_q, offsets_k, layout)
-        self._entries = ((key, plan), *entries[: _MAX_PLANS - 1])
-        return plan
-
-
-_plan_of = _PlanMemo()
+_plan_of = PlanMemo(_plan)
 
 
 @dataclass(frozen=True)

@@ -17,50 +17,18 @@ from torch.autograd.function import once_differentiable
 
 from ops.reference.relative_buckets import position_buckets
 from ops.seeds import next_seed
+from ops.triton.attention_tiles import (
+    bounds_of_row,
+    load_tile,
+    rounded,
+    slots_for,
+    store_tile,
+    tile_sizes,
+    with_dense_heads,
+)
 from ops.triton.library import define
 from ops.triton.packed import clear_tail
 from ops.triton.parts import cdiv, dot, keep_mask, power_of_2, threshold_of, wide
-
-_MAX_BLOCK = 64
-"""Queries and keys per tile at most."""
-
-_GRANULE = 16
-"""Longest lengths are rounded up to multiples of it, so that few bias tables and kernel variants arise."""
-
-_ROWS_PER_SLOT = 4
-"""Rows of the batch that one program of the bias gradient sums."""
-
-_MAX_PARTIALS = 1 << 22
-"""Partial sums of the bias gradient at most, 16 MiB."""
-
-
-@triton.jit
-def _row(offsets_ptr, row, most):
-    """First token and number of tokens of a row, which has at most `most`."""
-    begin = tl.load(offsets_ptr + row)
-    return begin, tl.minimum(tl.load(offsets_ptr + row + 1) - begin, most)
-
-
-@triton.jit
-def _tile_at(begin, places, count, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses of one head at some places of a row, [places, WIDTH], and which of them exist."""
-    columns = tl.arange(0, WIDTH)
-    at = (begin + places).to(tl.int64)[:, None] * stride + columns[None, :]
-    return at, (places < count)[:, None] & (columns < HEAD_DIM)[None, :]
-
-
-@triton.jit
-def _load_tile(ptr, begin, places, count, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[places, WIDTH] of one head; zeros beyond the row and the head."""
-    at, exists = _tile_at(begin, places, count, stride, HEAD_DIM, WIDTH)
-    return tl.load(ptr + at, mask=exists, other=0.0)
-
-
-@triton.jit
-def _store_tile(ptr, tile, begin, places, count, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """The reverse of `_load_tile`."""
-    at, exists = _tile_at(begin, places, count, stride, HEAD_DIM, WIDTH)
-    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -135,14 +103,14 @@ def _jagged_attention_fwd_kernel(
     first_q = tl.program_id(1) * BLOCK_Q
     if row >= num_rows:
         return
-    begin_q, count_q = _row(offsets_q_ptr, row, max_q)
+    begin_q, count_q = bounds_of_row(offsets_q_ptr, row, max_q)
     if first_q >= count_q:
         return
-    begin_k, count_k = _row(offsets_k_ptr, row, max_k)
+    begin_k, count_k = bounds_of_row(offsets_k_ptr, row, max_k)
     k_ptr = kv_ptr + head * HEAD_DIM
     bias_ptr += head.to(tl.int64) * (max_q + max_k - 1)
     places_q = first_q + tl.arange(0, BLOCK_Q)
-    q = _load_tile(q_ptr + head * HEAD_DIM, begin_q, places_q, count_q, q_stride, HEAD_DIM, WIDTH)
+    q = load_tile(q_ptr + head * HEAD_DIM, begin_q, places_q, count_q, q_stride, HEAD_DIM, WIDTH)
     out = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -151,7 +119,7 @@ def _jagged_attention_fwd_kernel(
         last_k = tl.minimum(count_k, first_q + BLOCK_Q)
     for first_k in range(0, last_k, BLOCK_K):
         places_k = first_k + tl.arange(0, BLOCK_K)
-        k = _load_tile(k_ptr, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
+        k = load_tile(k_ptr, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
         scores = _scores(q, k, bias_ptr, places_q, places_k, count_q, count_k, max_q, scale, HAS_BIAS, CAUSAL)
         # Every query sees the first key of the first tile, so that the largest score is finite from then on.
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -161,13 +129,13 @@ def _jagged_attention_fwd_kernel(
         if DROPOUT:
             keep = keep_mask(seed_ptr, begin_q + places_q, first_k, head, threshold, BLOCK_Q, BLOCK_K)
             weights = tl.where(keep, weights, 0.0)
-        v = _load_tile(k_ptr + kv_slot_stride, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
+        v = load_tile(k_ptr + kv_slot_stride, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
         out = out * shrink[:, None] + dot(weights.to(v.dtype), v)
         largest = new_largest
     sees_keys = total > 0.0
     safe_total = tl.where(sees_keys, total, 1.0)
     out = out * (factor / safe_total)[:, None]
-    _store_tile(out_ptr + head * HEAD_DIM, out, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
+    store_tile(out_ptr + head * HEAD_DIM, out, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
     lse = tl.where(sees_keys, largest + tl.log(safe_total), 0.0)
     tl.store(lse_ptr + head.to(tl.int64) * num_q + begin_q + places_q, lse, mask=places_q < count_q)
 
@@ -211,16 +179,16 @@ def _jagged_attention_bwd_q_kernel(
     first_q = tl.program_id(1) * BLOCK_Q
     if row >= num_rows:
         return
-    begin_q, count_q = _row(offsets_q_ptr, row, max_q)
+    begin_q, count_q = bounds_of_row(offsets_q_ptr, row, max_q)
     if first_q >= count_q:
         return
-    begin_k, count_k = _row(offsets_k_ptr, row, max_k)
+    begin_k, count_k = bounds_of_row(offsets_k_ptr, row, max_k)
     k_ptr = kv_ptr + head * HEAD_DIM
     bias_ptr += head.to(tl.int64) * (max_q + max_k - 1)
     places_q = first_q + tl.arange(0, BLOCK_Q)
-    q = _load_tile(q_ptr + head * HEAD_DIM, begin_q, places_q, count_q, q_stride, HEAD_DIM, WIDTH)
-    out = _load_tile(out_ptr + head * HEAD_DIM, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
-    grad_out = _load_tile(grad_out_ptr + head * HEAD_DIM, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
+    q = load_tile(q_ptr + head * HEAD_DIM, begin_q, places_q, count_q, q_stride, HEAD_DIM, WIDTH)
+    out = load_tile(out_ptr + head * HEAD_DIM, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
+    grad_out = load_tile(grad_out_ptr + head * HEAD_DIM, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
     delta = tl.sum(wide(out) * wide(grad_out), 1)
     at = head.to(tl.int64) * num_q + begin_q + places_q
     tl.store(delta_ptr + at, delta, mask=places_q < count_q)
@@ -231,15 +199,15 @@ def _jagged_attention_bwd_q_kernel(
         last_k = tl.minimum(count_k, first_q + BLOCK_Q)
     for first_k in range(0, last_k, BLOCK_K):
         places_k = first_k + tl.arange(0, BLOCK_K)
-        k = _load_tile(k_ptr, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
-        v = _load_tile(k_ptr + kv_slot_stride, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
+        k = load_tile(k_ptr, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
+        v = load_tile(k_ptr + kv_slot_stride, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
         scores = _scores(q, k, bias_ptr, places_q, places_k, count_q, count_k, max_q, scale, HAS_BIAS, CAUSAL)
         probabilities = tl.exp(scores - lse[:, None])
         keep = _keep(seed_ptr, begin_q, places_q, first_k, head, threshold, DROPOUT, BLOCK_Q, BLOCK_K)
         grad_scores = _grad_scores(probabilities, keep, grad_out, v, delta, factor, DROPOUT)
         grad_q += dot(grad_scores.to(k.dtype), k)
     grad_q *= scale
-    _store_tile(grad_q_ptr + head * HEAD_DIM, grad_q, begin_q, places_q, count_q, grad_q_stride, HEAD_DIM, WIDTH)
+    store_tile(grad_q_ptr + head * HEAD_DIM, grad_q, begin_q, places_q, count_q, grad_q_stride, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -283,17 +251,17 @@ def _jagged_attention_bwd_kv_kernel(
     first_k = tl.program_id(1) * BLOCK_K
     if row >= num_rows:
         return
-    begin_k, count_k = _row(offsets_k_ptr, row, max_k)
+    begin_k, count_k = bounds_of_row(offsets_k_ptr, row, max_k)
     if first_k >= count_k:
         return
-    begin_q, count_q = _row(offsets_q_ptr, row, max_q)
+    begin_q, count_q = bounds_of_row(offsets_q_ptr, row, max_q)
     bias_ptr += head.to(tl.int64) * (max_q + max_k - 1)
     lse_ptr += head.to(tl.int64) * num_q
     delta_ptr += head.to(tl.int64) * num_q
     k_ptr = kv_ptr + head * HEAD_DIM
     places_k = first_k + tl.arange(0, BLOCK_K)
-    k = _load_tile(k_ptr, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
-    v = _load_tile(k_ptr + kv_slot_stride, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
+    k = load_tile(k_ptr, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
+    v = load_tile(k_ptr + kv_slot_stride, begin_k, places_k, count_k, kv_stride, HEAD_DIM, WIDTH)
     grad_k = tl.zeros([BLOCK_K, WIDTH], tl.float32)
     grad_v = tl.zeros([BLOCK_K, WIDTH], tl.float32)
     begin = 0
@@ -301,8 +269,8 @@ def _jagged_attention_bwd_kv_kernel(
         begin = first_k // BLOCK_Q * BLOCK_Q
     for first_q in range(begin, count_q, BLOCK_Q):
         places_q = first_q + tl.arange(0, BLOCK_Q)
-        q = _load_tile(q_ptr + head * HEAD_DIM, begin_q, places_q, count_q, q_stride, HEAD_DIM, WIDTH)
-        grad_out = _load_tile(grad_out_ptr + head * HEAD_DIM, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
+        q = load_tile(q_ptr + head * HEAD_DIM, begin_q, places_q, count_q, q_stride, HEAD_DIM, WIDTH)
+        grad_out = load_tile(grad_out_ptr + head * HEAD_DIM, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
         lse = tl.load(lse_ptr + begin_q + places_q, mask=places_q < count_q, other=0.0)
         delta = tl.load(delta_ptr + begin_q + places_q, mask=places_q < count_q, other=0.0)
         scores = _scores(q, k, bias_ptr, places_q, places_k, count_q, count_k, max_q, scale, HAS_BIAS, CAUSAL)
@@ -315,8 +283,8 @@ def _jagged_attention_bwd_kv_kernel(
     grad_k *= scale
     grad_v *= factor
     grad_k_ptr = grad_kv_ptr + head * HEAD_DIM
-    _store_tile(grad_k_ptr, grad_k, begin_k, places_k, count_k, grad_kv_stride, HEAD_DIM, WIDTH)
-    _store_tile(grad_k_ptr + out_stride, grad_v, begin_k, places_k, count_k, grad_kv_stride, HEAD_DIM, WIDTH)
+    store_tile(grad_k_ptr, grad_k, begin_k, places_k, count_k, grad_kv_stride, HEAD_DIM, WIDTH)
+    store_tile(grad_k_ptr + out_stride, grad_v, begin_k, places_k, count_k, grad_kv_stride, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -365,18 +333,18 @@ def _jagged_attention_bwd_bias_kernel(
     inside = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for row in range(slot, num_rows, tl.num_programs(0)):
-        begin_q, count_q = _row(offsets_q_ptr, row, max_q)
-        begin_k, count_k = _row(offsets_k_ptr, row, max_k)
+        begin_q, count_q = bounds_of_row(offsets_q_ptr, row, max_q)
+        begin_k, count_k = bounds_of_row(offsets_k_ptr, row, max_k)
         last_tile = tl.minimum(tl.cdiv(count_q, BLOCK), tl.cdiv(count_k, BLOCK) - shift)
         for tile in range(tl.maximum(0, -shift), last_tile):
             places_q = tile * BLOCK + inside
             first_k = (tile + shift) * BLOCK
-            q = _load_tile(q_ptr, begin_q, places_q, count_q, q_stride, HEAD_DIM, WIDTH)
-            grad_out = _load_tile(grad_out_ptr, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
+            q = load_tile(q_ptr, begin_q, places_q, count_q, q_stride, HEAD_DIM, WIDTH)
+            grad_out = load_tile(grad_out_ptr, begin_q, places_q, count_q, out_stride, HEAD_DIM, WIDTH)
             lse = tl.load(lse_ptr + begin_q + places_q, mask=places_q < count_q, other=0.0)
             delta = tl.load(delta_ptr + begin_q + places_q, mask=places_q < count_q, other=0.0)
-            k = _load_tile(k_ptr, begin_k, first_k + inside, count_k, kv_stride, HEAD_DIM, WIDTH)
-            v = _load_tile(k_ptr + kv_slot_stride, begin_k, first_k + inside, count_k, kv_stride, HEAD_DIM, WIDTH)
+            k = load_tile(k_ptr, begin_k, first_k + inside, count_k, kv_stride, HEAD_DIM, WIDTH)
+            v = load_tile(k_ptr + kv_slot_stride, begin_k, first_k + inside, count_k, kv_stride, HEAD_DIM, WIDTH)
             scores = _scores(
                 q, k, bias_ptr, places_q, first_k + inside, count_q, count_k, max_q, scale, True, CAUSAL
             )  # fmt: skip
@@ -426,17 +394,8 @@ def _jagged_attention_bwd_bucket_kernel(
 
 
 def _blocks(max_q: int, max_k: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles as long as the longest rows, up to what registers hold of them."""
-    narrow, width = dtype != torch.float32, power_of_2(head_dim)
-    most = max(16, min(_MAX_BLOCK if narrow else _MAX_BLOCK // 2, 8192 // (width * dtype.itemsize)))
-    block_q, block_k = min(most, power_of_2(max_q)), min(most, power_of_2(max_k))
-    large = max(block_q, block_k) * max(min(block_q, block_k), width) > 1024
-    warps = (2 if narrow else 4) * (2 if large else 1)
-    return {"HEAD_DIM": head_dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "WIDTH": width, "num_warps": warps}
-
-
-def _rounded(longest: int) -> int:
-    return cdiv(longest, _GRANULE) * _GRANULE
+    """Sizes of tiles and heads."""
+    return {"HEAD_DIM": head_dim, "WIDTH": power_of_2(head_dim), **tile_sizes(max_q, max_k, head_dim, dtype)}
 
 
 @functools.cache
@@ -472,7 +431,7 @@ def _forward(
     causal: bool,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    max_q, max_k = _rounded(max_q), _rounded(max_k)
+    max_q, max_k = rounded(max_q), rounded(max_k)
     q, kv = _split(q, kv)
     num_q, num_heads, head_dim = q.shape
     num_rows = len(offsets_q) - 1
@@ -511,7 +470,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, _ = _split(q, kv)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = (0,) if bias_table is None else (q.shape[1], _rounded(max_q) + _rounded(max_k) - 1)
+    shape = (0,) if bias_table is None else (q.shape[1], rounded(max_q) + rounded(max_k) - 1)
     return q.new_empty(q.shape), lse, lse.new_empty(shape)
 
 
@@ -540,7 +499,7 @@ def _backward(
     grad_q, grad_kv = _split(None if q is None else grads[0], grads[1])
     is_self = q is None
     q, kv = _split(q, kv)
-    max_q, max_k = _rounded(max_q), _rounded(max_k)
+    max_q, max_k = rounded(max_q), rounded(max_k)
     num_q, num_heads, head_dim = q.shape
     num_rows = len(offsets_q) - 1
     delta = torch.empty_like(lse)
@@ -562,10 +521,9 @@ def _backward(
     if num_buckets:
         block = max(blocks["BLOCK_Q"], blocks["BLOCK_K"])
         num_diagonals = cdiv(max_q, block) + (0 if causal else cdiv(max_k, block) - 1)
-        most_slots = _MAX_PARTIALS // (num_heads * num_diagonals * 2 * block)
-        num_slots = max(1, min(cdiv(num_rows, _ROWS_PER_SLOT), most_slots))
-        partials = lse.new_empty(num_slots, num_heads, num_diagonals, 2 * block)
-        _jagged_attention_bwd_bias_kernel[(num_slots, num_diagonals, num_heads)](
+        slots = slots_for(num_rows, num_heads * num_diagonals * 2 * block)
+        partials = lse.new_empty(slots, num_heads, num_diagonals, 2 * block)
+        _jagged_attention_bwd_bias_kernel[(slots, num_diagonals, num_heads)](
             q, kv, grad_out, lse, delta, offsets_q, offsets_k, bias, seed_or_any, partials,
             num_q, num_rows, *strides, *sizes, CAUSAL=causal, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK=block, WIDTH=blocks["WIDTH"],
@@ -573,7 +531,7 @@ def _backward(
         )  # fmt: skip
         bounds = _bucket_bounds(max_q, max_k, num_buckets, max_distance, causal, q.device)
         _jagged_attention_bwd_bucket_kernel[(num_buckets, num_heads)](
-            partials, bounds, grads[2], num_slots, num_diagonals, max_q,
+            partials, bounds, grads[2], slots, num_diagonals, max_q,
             BLOCK=block, SLOTS=16, POSITIONS=32, num_warps=4,
         )  # fmt: skip
     return grads
@@ -676,8 +634,8 @@ def jagged_attention(
     elif seed is None:
         seed = next_seed(kv.device)
     return _JaggedAttention.apply(
-        None if q is None else _with_dense_heads(q),
-        _with_dense_heads(kv),
+        None if q is None else with_dense_heads(q),
+        with_dense_heads(kv),
         bias_table,
         None if offsets_q is offsets_k else offsets_q,  # compilers refuse one tensor in two places
         offsets_k,
@@ -689,8 +647,3 @@ def jagged_attention(
         causal,
         dropout_p,
     )
-
-
-def _with_dense_heads(x: Tensor) -> Tensor:
-    """[T, ..., H, D] whose heads lie behind each other; tokens and slots may be apart."""
-    return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks import add_rms_norm, attention, cross_entropy
+from benchmarks import add_rms_norm, attention, catalogue_loss, cross_entropy, silu_attention
 from benchmarks.rungs import Rung, UnavailableError, contest, disagreement, values_of
 
 LENGTHS = torch.tensor([5, 0, 9, 1])
@@ -45,6 +45,13 @@ def test_attention_rows():
     assert all(row["ours_faster"] > 0 for row in rows if row["implementation"] == "sdpa_with_bias")
 
 
+def test_silu_attention_rows():
+    rows = silu_attention.run("rows", LENGTHS, device="cpu", dtype_name="fp32", repeats=2)
+    timed, notes = by_pass(rows)
+    assert len(timed) == 2 * 3
+    assert notes == {}
+
+
 def test_add_rms_norm_rows():
     with torch.compiler.set_stance("force_eager"):
         rows = add_rms_norm.run(37, 16, dropout_p=0.0, device="cpu", dtype_name="fp32", repeats=2)
@@ -58,6 +65,14 @@ def test_cross_entropy_rows():
         rows = cross_entropy.run(33, device="cpu", dtype_name="fp32", repeats=2)
     timed, notes = by_pass(rows)
     assert len(timed) == 5 * 3
+    assert notes == {}
+
+
+def test_catalogue_loss_rows():
+    rows = catalogue_loss.run(133, 50, 8, device="cpu", dtype_name="fp32", repeats=2)
+    timed, notes = by_pass(rows)
+    names = ("ours", "torch_full_logits")
+    assert timed == {(name, kind) for name in names for kind in ("forward", "backward", "both")}
     assert notes == {}
 
 

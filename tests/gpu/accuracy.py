@@ -106,6 +106,16 @@ def cases(size: Size) -> dict[str, Case]:
         out = _plain_attention(q_rows, k, v, _exists(offsets, size.max_len)[:, None, None, :], scale, None)
         return out.flatten(0, 1)
 
+    def plain_silu_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+        length = size.max_len
+        q, k, v = (ops.jagged_to_padded(x, offsets, max_len=length).transpose(1, 2) for x in (q, k, v))
+        place = torch.arange(length, device=q.device)
+        distance = place[:, None] - place
+        scores = q @ k.transpose(2, 3) * scale + bias[distance.clamp(min=0)].movedim(-1, 0).to(q.dtype)
+        weights = torch.nn.functional.silu(scores).masked_fill(distance < 0, 0.0)
+        out = (weights @ v / length).transpose(1, 2).contiguous()
+        return ops.padded_to_jagged(out, offsets, num_tokens=num_tokens)
+
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, seed: Tensor) -> Outputs:
         return ops.add_rms_norm(x, residual, weight, dropout_p=DROPOUT, seed=seed)
 
@@ -161,6 +171,16 @@ def cases(size: Size) -> dict[str, Case]:
             ),
             {"logits": randn(num_queries, size.levels * size.codes)},
             {"target": codes.flatten()},
+        ),
+        "catalogue_cross_entropy": Case(
+            lambda queries, items, target, excluded: ops.catalogue_cross_entropy(
+                queries, items, target, scale=14.0, excluded=excluded
+            ),
+            {
+                "queries": randn(num_queries, size.width) * size.width**-0.5,
+                "items": randn(12 * size.hidden, size.width) * size.width**-0.5,
+            },
+            {"target": codes.flatten(), "excluded": torch.arange(12 * size.hidden) % 300 == 299},
         ),
         "jagged_self_attention": Case(
             self_attention(False, size.max_len),
@@ -261,6 +281,18 @@ def cases(size: Size) -> dict[str, Case]:
             keep=("scores",),
             gradients=False,
             plain=plain_trie_topk_step,
+        ),
+        "jagged_silu_attention": Case(
+            lambda q, k, v, bias, offsets: ops.jagged_silu_attention(
+                q, k, v, offsets, max_len=size.max_len, scale=scale, normalizer=size.max_len, bias=bias
+            ),
+            {
+                **{name: randn(num_tokens, *heads) for name in ("q", "k", "v")},
+                "bias": randn(size.max_len, size.heads),
+            },
+            rows,
+            keep=("bias",),
+            plain=plain_silu_attention,
         ),
     }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ops.graphs import GraphedCall
-from tests.training.tasks import QUANTIZERS, optimizer_step, retrieval_task, rqvae_task, train
+from tests.training.tasks import QUANTIZERS, optimizer_step, retrieval_task, rqvae_task, sequence_task, train
 from tests.training.tiny import LinearTask, loop_config, train_tiny, weights
 from training.loop import _accelerator
 from training.optimizers import set_rate_
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 NUM_STEPS = 30
-TASKS = ("retrieval", "retrieval with dropout", *QUANTIZERS)
+TASKS = ("retrieval", "retrieval with dropout", "sequence", *QUANTIZERS)
 
 
 @pytest.fixture
@@ -28,6 +28,8 @@ def build(name: str, device: torch.device):
     """A new task, the same every time."""
     if name.startswith("retrieval"):
         return retrieval_task(fixed_capacity=True, dropout=0.2 if "dropout" in name else 0.0, device=device)
+    if name == "sequence":
+        return sequence_task(fixed_capacity=True, dropout=0.2, device=device)
     return rqvae_task(name, num_batches=NUM_STEPS, device=device)
 
 

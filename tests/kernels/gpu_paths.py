@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from modules.model import EncoderDecoderRetrievalModel
+from modules.code_heads import CodeHeads
 from modules.transformer.decoder import Decoder
 
 
@@ -16,9 +16,8 @@ def as_on_a_gpu() -> Iterator[None]:
     def in_one_product(decoder, encoded, *, one_product):
         return cross_kv(decoder, encoded, one_product=True)
 
-    joined = EncoderDecoderRetrievalModel._losses_in_one_product
     with (
         mock.patch.object(Decoder, "_cross_kv", in_one_product),
-        mock.patch.object(EncoderDecoderRetrievalModel, "_losses_level_by_level", joined),
+        mock.patch.object(CodeHeads, "_level_by_level", CodeHeads._in_one_product),
     ):
         yield

@@ -3,6 +3,7 @@
 Models and batch sizes are read from `configs/`, so that a new config is compiled without a line here.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,13 +16,19 @@ import torch
 import ops
 import train_decoder  # noqa: F401, registers what configs may say
 import train_rqvae  # noqa: F401
+import train_sequence  # noqa: F401
 from data.schemas import ItemFilter, SeqBatch
 from modules.estimators import QuantizeMode
 from modules.generation.beam import beam_search
 from modules.generation.trie import PrefixTrie
+from modules.item_table import ItemTable
+from modules.item_tower import ItemInputConfig
 from modules.kmeans import kmeans
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.sequential.hstu import HSTUConfig
+from modules.sequential.next_item import NextItemConfig
+from modules.sequential.sasrec import SASRecConfig
 from modules.tokenizer.assign import BLOCK_ROWS, assign_codes
 from modules.tokenizer.sequence import SequenceTokenizer
 from tests.kernels.gpu_paths import as_on_a_gpu
@@ -35,7 +42,11 @@ BEAM_WIDTHS = (20, 50)
 WIDEST_BEAM = 1024
 WIDE_MODEL = 384
 """The second width that speed is promised for, beside the configs'."""
+CATALOGUE_WIDTHS = (128, 512)
+"""Of item vectors; wider ones than a tile take several."""
 NUM_ITEMS = 1000
+ITEM_FEATURES = 16
+"""Products with item features are PyTorch's, so their width decides nothing here."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,11 @@ def workloads() -> Iterator[Workload]:
         usual = config.head_dim == RetrievalModelConfig.head_dim
         for dtype in DTYPES if usual else (torch.float16,):
             name = f"d_model {config.d_model}, {config.num_heads} heads of {config.head_dim}, {_name(dtype)}"
+            if config.items is not None:
+                name += ", item features"
             yield Workload(f"training, {name}", partial(train_step, config, batch_size, dtype))
-            yield Workload(f"generation, {name}", partial(generate, config, dtype))
+            if config.items is None:
+                yield Workload(f"generation, {name}", partial(generate, config, dtype))
         if usual:
             plain = replace(config, dropout=0.0, label_smoothing=0.1)
             yield Workload(
@@ -64,6 +78,11 @@ def workloads() -> Iterator[Workload]:
                 partial(train_step, plain, batch_size, torch.float32),
             )
     yield Workload(f"trie step of {WIDEST_BEAM} beams", wide_trie_step)
+    for width, dtype in itertools.product(CATALOGUE_WIDTHS, DTYPES):
+        yield Workload(f"loss over a catalogue, width {width}, {_name(dtype)}", partial(catalogue_loss, width, dtype))
+    for item_config, batch_size in sequence_models():
+        name = f"{type(item_config).__name__}, d_model {item_config.d_model}, {item_config.max_history} items, float16"
+        yield Workload(f"training, {name}", partial(sequence_step, item_config, batch_size, torch.float16))
     for config, batch_size in rqvae_models():
         for dtype in (torch.float32, torch.float16):
             yield Workload(f"RQ-VAE {config.input_dim}, {_name(dtype)}", partial(rqvae_step, config, batch_size, dtype))
@@ -76,8 +95,12 @@ def _name(dtype: torch.dtype) -> str:
 def retrieval_models() -> list[tuple[RetrievalModelConfig, int]]:
     """Distinct shapes of the shipped models, one layer deep, and the batch sizes they are trained with."""
     found = {}
-    for path in _paths("decoder"):
+    for path in [*_paths("decoder"), *_paths("liger")]:  # whose kernels are TIGER's and all of LIGER's
         config, batch_size = _load(path, "train_decoder", RetrievalModelConfig)
+        config = replace(config, dropout=RetrievalModelConfig.dropout)
+        if config.items is not None:
+            items = ItemInputConfig(num_features=ITEM_FEATURES, hidden_dims=(), num_positions=20)
+            config = replace(config, items=items, sid_loss_weight=1.0)
         for d_model in {config.d_model, WIDE_MODEL} if config == RetrievalModelConfig() else {config.d_model}:
             shape = replace(
                 config, d_model=d_model, num_encoder_layers=1, num_decoder_layers=1, languages={"text": (256,) * 4}
@@ -92,6 +115,17 @@ def rqvae_models() -> list[tuple[RqVaeConfig, int]]:
     for path in _paths("rqvae"):
         config, batch_size = _load(path, "train_rqvae", RqVaeConfig)
         found[config.embed_dim, config.codebook_sizes, batch_size] = config, batch_size
+    return list(found.values())
+
+
+def sequence_models() -> list[tuple[NextItemConfig, int]]:
+    """Distinct shapes of the shipped models of item sequences, one layer deep, and their batch sizes."""
+    found = {}
+    for stage, kind in {"sasrec": SASRecConfig, "hstu": HSTUConfig}.items():
+        for path in _paths(stage):
+            config, batch_size = _load(path, "train_sequence", kind)
+            shape = replace(config, num_layers=1, num_items=NUM_ITEMS)
+            found[str(shape), batch_size] = shape, batch_size
     return list(found.values())
 
 
@@ -110,19 +144,25 @@ def _load(path: Path, script: str, kind: type) -> tuple:
     return gin.get_configurable(kind)(), batch_size
 
 
-def histories(num_rows: int) -> SeqBatch:
-    """Lengths 0 to 20, as many tokens as a batch of fixed capacity has."""
-    lengths = torch.arange(num_rows) % 21
+def histories(num_rows: int, max_len: int = 20) -> SeqBatch:
+    """Lengths from 0 on, as many tokens as a batch of fixed capacity has."""
+    lengths = torch.arange(num_rows) % (max_len + 1)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     num_items = (int(offsets[-1]) + 63) // 64 * 64
     users, targets = torch.arange(num_rows), torch.arange(num_rows) % NUM_ITEMS
-    return SeqBatch(torch.arange(num_items) % NUM_ITEMS, offsets, 20, users, targets)
+    return SeqBatch(torch.arange(num_items) % NUM_ITEMS, offsets, max_len, users, targets)
 
 
 def semantic_ids(num_items: int = NUM_ITEMS) -> torch.Tensor:
     """[num_items, 4] distinct codes."""
     items = torch.arange(num_items)
     return torch.stack([items % 256, items // 256, items % 7, items % 11], dim=1)
+
+
+def item_table(width: int) -> ItemTable:
+    """Features of all items, some of which are missing, and some cold."""
+    items = torch.arange(NUM_ITEMS)
+    return ItemTable(torch.zeros(NUM_ITEMS, width), items % 10 == 3, items >= NUM_ITEMS - 3)
 
 
 def model_and_tokenizer(config: RetrievalModelConfig) -> tuple[EncoderDecoderRetrievalModel, SequenceTokenizer]:
@@ -138,11 +178,13 @@ def _precision(dtype: torch.dtype) -> torch.autocast:
 def train_step(config: RetrievalModelConfig, batch_size: int, dtype: torch.dtype) -> None:
     """Forward and backward, and the log-likelihood as in an evaluation."""
     model, tokenize = model_and_tokenizer(config)
+    items = None if config.items is None else item_table(config.items.num_features)
     with _precision(dtype), as_on_a_gpu():
-        loss = model(tokenize(histories(batch_size)))["loss"]
+        loss = model(tokenize(histories(batch_size)), items)["loss"]
     loss.backward()
     with _precision(dtype), as_on_a_gpu(), torch.no_grad():
-        model.eval().log_likelihood(tokenize(histories(batch_size)))
+        vectors = None if items is None else model.eval().project_items(items)
+        model.eval().log_likelihood(tokenize(histories(batch_size)), vectors)
 
 
 def generate(config: RetrievalModelConfig, dtype: torch.dtype) -> None:
@@ -168,9 +210,28 @@ def wide_trie_step() -> None:
     ops.trie_topk_step(logits, nodes, torch.zeros(1, WIDEST_BEAM), row_ptr, codes, beam_width=WIDEST_BEAM)
 
 
+def catalogue_loss(width: int, dtype: torch.dtype) -> None:
+    """Forward and backward, with items that were not seen in training."""
+    queries, items = (torch.zeros(rows, width, dtype=dtype).requires_grad_() for rows in (256, NUM_ITEMS))
+    excluded = torch.arange(NUM_ITEMS) == 7
+    ops.catalogue_cross_entropy(queries, items, torch.zeros(256, dtype=torch.int64), excluded=excluded).backward()
+
+
+def sequence_step(config: NextItemConfig, batch_size: int, dtype: torch.dtype) -> None:
+    """Forward and backward, and the states that rank items."""
+    model, batch = config.build(), histories(batch_size, config.max_history)
+    with _precision(dtype):
+        loss = model(batch)["loss"]
+    loss.backward()
+    with _precision(dtype), torch.no_grad():
+        model.eval().queries(batch)
+
+
 def rqvae_step(config: RqVaeConfig, batch_size: int, dtype: torch.dtype) -> None:
     """Initialisation, a step in every mode, and ids of a catalogue."""
     for mode in QuantizeMode:
+        if mode is QuantizeMode.GUMBEL_SOFTMAX and config.ema_decay:
+            continue  # such codes are learned by gradient
         model = RqVae(replace(config, mode=mode))
         with _precision(dtype):
             model(torch.randn(batch_size, config.input_dim)).loss.backward()

@@ -3,6 +3,7 @@ import torch
 
 import ops
 from ops.reference.jagged_attention import jagged_attention as reference
+from ops.triton import attention_tiles
 from ops.triton import jagged_attention as kernels
 from tests.kernels.harness import DTYPES, compare, offsets_of, randn, seed_on
 
@@ -66,7 +67,7 @@ def check_self(
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "_MAX_BLOCK", 16)
+    monkeypatch.setattr(attention_tiles, "MAX_BLOCK", 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,12 +144,12 @@ def test_distant_positions_share_the_buckets_of_the_reference(device, causal):
 
 
 def test_bias_gradient_over_many_slots(device, monkeypatch):
-    monkeypatch.setattr(kernels, "_ROWS_PER_SLOT", 1)
+    monkeypatch.setattr(attention_tiles, "ROWS_PER_SLOT", 1)
     check_self(device, torch.float32, lengths=(2, 1) * 9)
 
 
 def test_bias_gradient_with_little_memory(device, monkeypatch, small_tiles):
-    monkeypatch.setattr(kernels, "_MAX_PARTIALS", 1)
+    monkeypatch.setattr(attention_tiles, "MAX_PARTIALS", 1)
     check_self(device, torch.float32, lengths=(17, 3, 20, 1))
 
 

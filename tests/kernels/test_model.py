@@ -11,6 +11,8 @@ import ops
 from data.schemas import SeqBatch
 from modules.generation.beam import beam_search
 from modules.generation.trie import PrefixTrie
+from modules.item_table import ItemTable
+from modules.item_tower import ItemInputConfig
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from modules.rqvae import RqVae, RqVaeConfig
 from modules.tokenizer.sequence import SequenceTokenizer
@@ -35,6 +37,9 @@ CONFIG = RetrievalModelConfig(
     num_user_buckets=3,
     relative_buckets=8,
     relative_max_distance=16,
+)
+ITEMS = ItemInputConfig(
+    num_features=6, hidden_dims=(8,), num_positions=6, projection_dropout=0.0, input_dropout=0.0, temperature=0.5
 )
 HISTORIES = [[3, 1, 4, 1, 5], [], [9], [2, 6, 5, 3, 5, 8]]
 
@@ -77,8 +82,19 @@ def learn(device, backend):
         return trained(model, lambda step: model(tokenize(batch_of(device, HISTORIES[step:])))["loss"])
 
 
-@pytest.mark.parametrize("paths", [nullcontext, as_on_a_gpu])
-def test_training_equals_that_of_the_reference(device, paths):
+def learn_liger(device, backend):
+    """LIGER, whose items 10 and 11 are cold and lack features."""
+    model, tokenize = model_and_tokenizer(device, items=ITEMS, embedding_loss_weight=1.0)
+    rare = torch.arange(12) >= 10
+    items = ItemTable(randn(12, 6).masked_fill(rare[:, None], 0.0), rare, rare)
+    model.fit_features_(items)
+    items = items.to(device)
+    with ops.use_backend(backend):
+        return trained(model, lambda step: model(tokenize(batch_of(device, HISTORIES[step:])), items)["loss"])
+
+
+@pytest.mark.parametrize(("learn", "paths"), [(learn, nullcontext), (learn, as_on_a_gpu), (learn_liger, nullcontext)])
+def test_training_equals_that_of_the_reference(device, learn, paths):
     expected_losses, expected = learn(device, "torch")
     with paths():
         losses, weights = learn(device, "triton")

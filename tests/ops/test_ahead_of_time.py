@@ -22,7 +22,10 @@ MAX_SPILLED = {
     "_jagged_attention_bwd_q_kernel": 16,
     "_jagged_attention_bwd_kv_kernel": 48,
     "_jagged_attention_bwd_bias_kernel": 136,
+    "_jagged_silu_attention_fwd_kernel": 16,
+    "_jagged_silu_attention_bwd_bias_kernel": 16,
     "_beam_cross_attention_fwd_kernel": 8,
+    "_catalogue_cross_entropy_bwd_items_kernel": 8,
 }
 """Bytes per thread that may be spilled to the stack, by kernel; none by others.
 
@@ -32,6 +35,7 @@ keys and values twice as often; which is faster has not been measured.
 
 WITHOUT_PRODUCTS = {
     "_jagged_attention_bwd_bucket_kernel": "adds the gradients of positions up by bucket",
+    "_jagged_silu_attention_bwd_distance_kernel": "adds the gradients of distances up over the rows",
     "_beam_self_attention_fwd_kernel": "every beam has keys of its own, so that there is no matrix to multiply by",
 }
 """Kernels of the attention that tensor cores do not help, with the reason."""

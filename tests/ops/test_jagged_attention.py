@@ -7,6 +7,7 @@ from torch import Tensor
 
 import ops
 from ops.cpu import jagged_attention as implementation
+from ops.cpu.plans import PlanMemo
 from ops.reference.jagged_attention import jagged_attention as reference
 from ops.reference.relative_buckets import position_buckets
 from tests.ops.attention_twin import t5_bucket, twin_attention
@@ -106,7 +107,7 @@ def test_offsets_that_change_behind_the_version_counter_are_noticed() -> None:
 
 def test_plans_are_shared_by_equal_offsets_and_by_nothing_else() -> None:
     offsets, qkv = offsets_of([4, 2]), random(6, 3, 2, 4)
-    memo, layout = implementation._PlanMemo(), implementation._Layout(6, 6, 3, 3, 2, False)
+    memo, layout = PlanMemo(implementation._plan), implementation._Layout(6, 6, 3, 3, 2, False)
     plan = memo(offsets, offsets, layout)
     assert memo(offsets.clone(), offsets.clone(), layout) is plan
     with torch.inference_mode():
@@ -134,7 +135,7 @@ def test_a_plan_made_for_inference_serves_training() -> None:
 
 
 def test_a_plan_that_another_thread_makes_during_a_look_up_does_no_harm() -> None:
-    memo = implementation._PlanMemo()
+    memo = PlanMemo(implementation._plan)
     offsets, layout = offsets_of([4, 2]), implementation._Layout(6, 6, 3, 3, 2, False)
 
     class Interrupted(implementation._Layout):
