@@ -164,6 +164,16 @@ class Ranges:
         steps.index_add_(0, starts + self.ends + 1, -ones)
         return steps.cumsum(0)[:-1] > 0
 
+    def interactions(self, histories: Histories) -> tuple[Tensor, Tensor]:
+        """Every interaction that some range covers, once, in stored order.
+
+        Returns:
+            [P] int64 history rows (rising) and [P] int64 item ids.
+        """
+        visible = self.visible(histories)
+        rows = torch.repeat_interleave(histories.offsets.long().diff())
+        return rows[visible], histories.item_ids[visible].long()
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -358,12 +368,14 @@ class TokenizedSeqBatch:
         max_len: upper bound of the row lengths, a Python int.
         target_codes: [B, L] int64 codes of the target item per level (not offset by level), NO_TARGET in a row
             without target, which loss and metrics leave out; or None for the whole batch.
+        histories: the items that the tokens were written from, for models that read more of an item than its codes.
     """
 
     tokens: Tensor
     offsets: Tensor
     max_len: int
     target_codes: Tensor | None = None
+    histories: SeqBatch | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

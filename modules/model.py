@@ -1,111 +1,44 @@
 """The retrieval transformer: histories of semantic ids in, the next item's semantic id out, code by code.
 
-Rajput et al. 2023 ("TIGER") on the transformer of Raffel et al. 2020 ("T5"), over packed rows.
+Rajput et al. 2023 ("TIGER") on the transformer of Raffel et al. 2020 ("T5"), over packed rows. With item features, it
+reads and ranks items by these as well (Yang et al. 2024, "LIGER").
 """
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
-from itertools import accumulate, pairwise
-from typing import Any
+from dataclasses import fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
-from data.schemas import NO_TARGET, InputError, TokenizedSeqBatch
+from data.schemas import NO_TARGET, InputError, SeqBatch, TokenizedSeqBatch
+from modules.code_heads import CodeHeads
+from modules.dense_head import catalogue_loss, unit_queries
+from modules.embedding.item_embedding import ItemEmbedding
 from modules.embedding.token_embedding import TokenEmbedding
-from modules.tokenizer.vocabulary import CodeVocabulary
-from modules.transformer.attention import scaled_linear
+from modules.item_table import ItemTable
+from modules.item_tower import ItemTower
+from modules.model_config import RetrievalModelConfig
 from modules.transformer.decoder import Decoder, DecoderState
 from modules.transformer.encoder import Encoder
 from modules.transformer.rows import Rows
 from modules.transformer.sizes import StackSizes
 
-_MAX_CODES_IN_ONE_PRODUCT = 8192
-"""Codes of all levels together up to which a GPU computes every level's logits at every position, most in vain: that is
-cheaper than a handful of small products, whose launches take longer than their arithmetic."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalModelConfig:
-    """Sizes of an EncoderDecoderRetrievalModel.
-
-    Attributes:
-        languages: level sizes of every code language, dedup level included; the first one is generated. Empty until
-            a tokenizer is chosen: a model cannot be built from it.
-        num_user_buckets: tokens that users are hashed into; 0 for no user token.
-        separator: a token after every item.
-        relative_buckets, relative_max_distance: of the position bias.
-    """
-
-    languages: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    d_model: int = 128
-    num_heads: int = 6
-    head_dim: int = 64
-    d_ff: int = 1024
-    num_encoder_layers: int = 4
-    num_decoder_layers: int = 4
-    dropout: float = 0.1
-    num_user_buckets: int = 2000
-    separator: bool = False
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        languages = {name: tuple(sizes) for name, sizes in self.languages.items()}
-        object.__setattr__(self, "languages", languages)
-        for name in ("d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"RetrievalModelConfig expected {name} of at least 1, got {getattr(self, name)}.")
-        for name in ("dropout", "label_smoothing"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"RetrievalModelConfig expected {name} in [0, 1), got {getattr(self, name)}.")
-        if self.relative_buckets < 4 or self.relative_buckets % 4 != 0:
-            raise InputError(
-                f"RetrievalModelConfig expected relative_buckets as a multiple of 4, got {self.relative_buckets}."
-            )
-        if self.relative_max_distance <= self.relative_buckets // 2:
-            raise InputError(
-                f"RetrievalModelConfig expected relative_max_distance above relative_buckets / 2 "
-                f"({self.relative_buckets // 2}), got {self.relative_max_distance}."
-            )
-        if languages:
-            self.vocabulary()
-
-    def vocabulary(self) -> CodeVocabulary:
-        """The numbering of the model's tokens."""
-        return CodeVocabulary(self.languages, num_user_buckets=self.num_user_buckets, separator=self.separator)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Values that JSON can hold; `from_dict` reads them."""
-        return asdict(self) | {"languages": {name: list(sizes) for name, sizes in self.languages.items()}}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RetrievalModelConfig":
-        """A config from what `to_dict` gave.
-
-        Raises:
-            InputError: on unknown names, missing languages or values out of range.
-        """
-        known = [known_field.name for known_field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise InputError(
-                f"RetrievalModelConfig does not know {', '.join(unknown)}; valid names: {', '.join(known)}. "
-                "The file may come from a newer version of this library."
-            )
-        if "languages" not in values:
-            raise InputError("RetrievalModelConfig expected 'languages', got none.")
-        return cls(**values)
+__all__ = ["EncoderDecoderRetrievalModel", "RetrievalModelConfig"]
 
 
 class EncoderDecoderRetrievalModel(nn.Module):
     """T5-style encoder-decoder over packed code tokens, with one output head per level over that level's codes.
 
+    With `config.items`, items are read by their features as well as by their codes; with a weight for it, the encoder
+    has a dense head, whose scores are cosines of the state at a row's last token and of the items' projected features.
+
     Args:
         config: sizes; its first language is the one that is generated.
+
+    Raises:
+        InputError: if the config lacks languages, or the width of the item features.
     """
 
     def __init__(self, config: RetrievalModelConfig) -> None:
@@ -113,53 +46,137 @@ class EncoderDecoderRetrievalModel(nn.Module):
         self.config = config
         self.vocabulary = config.vocabulary()
         self.language = next(iter(config.languages))
+        self._num_trainings = 0
         sizes = StackSizes(**{size.name: getattr(config, size.name) for size in fields(StackSizes)})
         self.embedding = TokenEmbedding(self.vocabulary, config.d_model)
         self.encoder = Encoder(config.num_encoder_layers, sizes)
-        self.decoder = Decoder(config.num_decoder_layers, sizes)
-        self.heads = nn.ModuleDict(
-            {
-                language: nn.ModuleList(scaled_linear(config.d_model, size) for size in level_sizes)
-                for language, level_sizes in config.languages.items()
-            }
-        )
+        if config.writes_codes:
+            self.decoder = Decoder(config.num_decoder_layers, sizes)
+            self.heads = CodeHeads(config.languages, config.d_model)
+        if config.items is not None:
+            self.item_tower = ItemTower(config.items, config.d_model)
+            self.item_embedding = ItemEmbedding(
+                config.items,
+                config.d_model,
+                tokens_per_item=self.num_levels + config.separator,
+                user_tokens=config.num_user_buckets > 0,
+            )
 
     @property
     def num_levels(self) -> int:
         """Codes that are generated per item."""
         return self.vocabulary.num_levels(self.language)
 
-    def forward(self, batch: TokenizedSeqBatch) -> dict[str, Tensor]:
+    def forward(self, batch: TokenizedSeqBatch, items: ItemTable | None = None) -> dict[str, Tensor]:
         """Training loss.
 
         Args:
-            batch: with target_codes [B, L]; rows with NO_TARGET count nowhere.
+            batch: with target_codes [B, L], and for a dense head with targets in its histories; rows with NO_TARGET
+                count nowhere.
+            items: of the whole catalogue, for a model with `config.items`; the dense head's loss ranks no cold ones.
 
         Returns:
-            "loss", the sum over levels of the mean cross-entropy, and "loss_level_{l}" without gradient, all fp32.
+            "loss", by the config's weights the sum over levels of the mean cross-entropy of the codes, plus the mean
+            cross-entropy over the catalogue. Without gradient, "loss_level_{l}" of each level, and where there are both
+            parts "loss_sid" and "loss_embedding". All fp32.
 
         Raises:
-            ValueError: if the batch has no targets of the right number of levels.
+            ValueError: if the batch has no targets of the right number of levels, or items are missing.
+            InputError: if the features are of another width, or a history is too long for the item positions.
         """
+        parts: dict[str, Tensor] = {}
+        levels: dict[str, Tensor] = {}
         with self._dropout_seeds(batch.tokens.device):
-            losses = self._level_losses(batch, self.config.label_smoothing)
-        num_targets = (self._targets(batch)[:, 0] != NO_TARGET).sum().clamp(min=1)
-        level_losses = losses.sum(dim=0) / num_targets
-        named = {f"loss_level_{level}": loss for level, loss in enumerate(level_losses.detach())}
-        return {"loss": level_losses.sum(), **named}
+            read, catalogue = self._projected(batch, items)
+            rows = Rows(batch.offsets, batch.max_len)
+            encoded = self._encode(batch, rows, read)
+            if self.config.writes_codes:
+                level_losses = self._mean_level_losses(batch, encoded, rows)
+                parts["sid"] = level_losses.sum()
+                levels = {f"loss_level_{level}": loss for level, loss in enumerate(level_losses.detach())}
+        if self.config.has_dense_head:
+            parts["embedding"] = self._dense_loss(batch, unit_queries(encoded, rows), catalogue, items)
+        return self._weighted(parts) | levels
 
-    def log_likelihood(self, batch: TokenizedSeqBatch) -> Tensor:
+    def project_items(self, items: ItemTable) -> Tensor:
+        """[N, D] vectors of items, which `start` and `queries` read and whose cosines with queries are scores.
+
+        With gradient, and with dropout in training mode; a learned vector stands for missing features.
+
+        Raises:
+            InputError: if the model reads no item features, or those of another width.
+        """
+        return self._tower()(items.features, items.missing)
+
+    def fit_features_(self, items: ItemTable) -> None:
+        """Standardise features from now on by those of the items that are neither cold nor missing.
+
+        Raises:
+            InputError: if the model reads no item features, or those of another width, or there are no such items.
+        """
+        self._tower().fit_(items)
+
+    def weights_key(self) -> Hashable:
+        """Differs whenever `project_items` may give something else than at the last call: the key of caches.
+
+        Fused optimizers and replayed CUDA graphs change weights unnoticed by PyTorch, so every call of `train(True)`
+        changes the key: call it before training goes on.
+        """
+        return self._num_trainings, self._tower().state_key()
+
+    def train(self, mode: bool = True) -> "EncoderDecoderRetrievalModel":
+        """Training or evaluation mode."""
+        self._num_trainings += mode
+        return super().train(mode)
+
+    def queries(self, batch: TokenizedSeqBatch, item_vectors: Tensor | None) -> Tensor:
+        """The dense head's side of a history: the encoder's state at every row's last token.
+
+        Args:
+            batch: B rows.
+            item_vectors: [N, D] from `project_items`.
+
+        Returns:
+            [B, D] fp32 of unit length, zeros for rows without tokens. A score is the cosine with an item's vector.
+
+        Raises:
+            InputError: if the model has no dense head, or a history is too long for the item positions.
+            ValueError: if the item vectors are missing.
+        """
+        if not self.config.has_dense_head:
+            raise InputError(
+                "the model has no dense head: it was trained with RetrievalModelConfig.embedding_loss_weight = 0. Use "
+                "generative retrieval, or train a model with a weight above 0."
+            )
+        rows = Rows(batch.offsets, batch.max_len)
+        return unit_queries(self._encode(batch, rows, self._read(batch, item_vectors)), rows)
+
+    def log_likelihood(self, batch: TokenizedSeqBatch, item_vectors: Tensor | None = None) -> Tensor:
         """[B] fp32 log-probability of the batch's target_codes: the sum over levels, each over the whole level.
 
-        Rows with NO_TARGET have 0.
+        Rows with NO_TARGET have 0. `item_vectors` are those of `start`.
         """
-        return -self._level_losses(batch, label_smoothing=0.0).sum(dim=1)
+        self._require_decoder()
+        rows = Rows(batch.offsets, batch.max_len)
+        encoded = self._encode(batch, rows, self._read(batch, item_vectors))
+        return -self._level_losses(batch, encoded, rows, label_smoothing=0.0).sum(dim=1)
 
     @torch.no_grad()
-    def start(self, batch: TokenizedSeqBatch) -> DecoderState:
-        """Encode every row once, with the cross keys and values of all decoder layers."""
+    def start(self, batch: TokenizedSeqBatch, item_vectors: Tensor | None = None) -> DecoderState:
+        """Encode every row once, with the cross keys and values of all decoder layers.
+
+        Args:
+            batch: B rows.
+            item_vectors: [N, D] from `project_items`, for a model with `config.items`.
+
+        Raises:
+            InputError: if the model has no decoder, or a history is too long for the item positions.
+            ValueError: if the item vectors are missing.
+        """
+        self._require_decoder()
         rows = Rows(batch.offsets, batch.max_len)
-        return self.decoder.start(self._encode(batch, rows), rows, num_steps=self.num_levels)
+        encoded = self._encode(batch, rows, self._read(batch, item_vectors))
+        return self.decoder.start(encoded, rows, num_steps=self.num_levels)
 
     @torch.no_grad()
     def step(self, state: DecoderState, codes: Tensor | None, parents: Tensor | None) -> Tensor:
@@ -185,62 +202,100 @@ class EncoderDecoderRetrievalModel(nn.Module):
             state.beams.advance_(parents)
             x = self.embedding.codes(codes.reshape(-1, 1), self.language, first_level=level - 1)
             x = x.view(*codes.shape, self.config.d_model)
-        return self._head(level)(self.decoder.step(state, x)).float()
+        return self.heads.of_level(self.language, level)(self.decoder.step(state, x)).float()
 
-    def _encode(self, batch: TokenizedSeqBatch, rows: Rows) -> Tensor:
-        return self.encoder(self.embedding(batch.tokens), rows)
+    def _tower(self) -> ItemTower:
+        if self.config.items is None:
+            raise InputError(
+                "the model reads no item features. Train one with RetrievalModelConfig.items = @ItemInputConfig()."
+            )
+        return self.item_tower
+
+    def _projected(self, batch: TokenizedSeqBatch, items: ItemTable | None) -> tuple[Tensor | None, Tensor | None]:
+        """[I, D] vectors of the items of the histories and, where there is a dense head, [N, D] of all items.
+
+        Every item is projected once. Without a dense head, those of a small batch of a large catalogue are projected
+        each time that they occur instead.
+        """
+        if self.config.items is None:
+            return None, None
+        histories = _histories(batch)
+        if items is None:
+            raise ValueError(
+                "EncoderDecoderRetrievalModel expected items, an ItemTable of the catalogue, got None: the model reads "
+                "item features. Call model(batch, items)."
+            )
+        if not self.config.has_dense_head and len(histories.item_ids) < len(items):
+            read = histories.item_ids
+            return self.item_tower(items.features[read], items.missing[read]), None
+        catalogue = self.project_items(items)
+        return self._read(batch, catalogue), catalogue
+
+    def _read(self, batch: TokenizedSeqBatch, item_vectors: Tensor | None) -> Tensor | None:
+        """[I, D] vectors of the items of the histories, None for a model that reads codes alone."""
+        if self.config.items is None:
+            return None
+        if item_vectors is None:
+            raise ValueError(
+                "EncoderDecoderRetrievalModel expected item_vectors [N, D], got None: the model reads item features. "
+                "Give it what model.project_items(items) returns."
+            )
+        return self.item_embedding.rows(item_vectors, _histories(batch).item_ids)
+
+    def _encode(self, batch: TokenizedSeqBatch, rows: Rows, read: Tensor | None) -> Tensor:
+        """[T, D] states; `read` are the vectors of the items of the histories, if the model reads them."""
+        embedded = self.embedding(batch.tokens)
+        if read is not None:
+            embedded = self.item_embedding(embedded, _histories(batch), read)
+        return self.encoder(embedded, rows)
+
+    def _weighted(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of the parts by their weights, and the parts where there are several."""
+        weights = {"sid": self.config.sid_loss_weight, "embedding": self.config.embedding_loss_weight}
+        terms = [loss if weights[name] == 1.0 else weights[name] * loss for name, loss in parts.items()]
+        if len(terms) == 1:
+            return {"loss": terms[0]}
+        return {"loss": terms[0] + terms[1]} | {f"loss_{name}": loss.detach() for name, loss in parts.items()}
+
+    def _dense_loss(
+        self, batch: TokenizedSeqBatch, queries: Tensor, catalogue: Tensor | None, items: ItemTable | None
+    ) -> Tensor:
+        assert self.config.items is not None
+        assert catalogue is not None
+        assert items is not None
+        temperature = self.config.items.temperature
+        return catalogue_loss(queries, catalogue, _histories(batch), items, temperature=temperature)
 
     def _bos(self, num_rows: int) -> Tensor:
         """[B, 1, D]."""
         return self.embedding.weight[self.vocabulary.bos].expand(num_rows, 1, -1)
 
-    def _head(self, level: int) -> nn.Linear:
-        return self.heads[self.language][level]  # type: ignore[index]
-
     def _dropout_seeds(self, device: torch.device) -> AbstractContextManager[None]:
-        """One draw for all dropout in kernels: 4 ops in an encoder layer, 6 in a decoder layer, 2 behind each stack."""
-        config = self.config
-        if not self.training or config.dropout == 0.0 or device.type == "cpu" or torch.compiler.is_compiling():
-            return nullcontext()
-        return ops.dropout_seeds(4 * config.num_encoder_layers + 6 * config.num_decoder_layers + 4, device)
+        """One draw for all dropout in kernels: 4 ops in an encoder layer, 6 in a decoder layer, 2 behind each stack.
 
-    def _level_losses(self, batch: TokenizedSeqBatch, label_smoothing: float) -> Tensor:
+        Item features add one in every hidden layer of their projection and one on the encoder's input.
+        """
+        config = self.config
+        if not self.training or device.type == "cpu" or torch.compiler.is_compiling():
+            return nullcontext()
+        count = 4 * config.num_encoder_layers + 2 if config.dropout > 0.0 else 0
+        if config.dropout > 0.0 and config.writes_codes:
+            count += 6 * config.num_decoder_layers + 2
+        if config.items is not None:
+            count += len(config.items.hidden_dims) + 1
+        return ops.dropout_seeds(count, device) if count else nullcontext()
+
+    def _mean_level_losses(self, batch: TokenizedSeqBatch, encoded: Tensor, rows: Rows) -> Tensor:
+        """[L] mean cross-entropies of the rows that have a target."""
+        losses = self._level_losses(batch, encoded, rows, self.config.label_smoothing)
+        num_targets = (self._targets(batch)[:, 0] != NO_TARGET).sum().clamp(min=1)
+        return losses.sum(dim=0) / num_targets
+
+    def _level_losses(self, batch: TokenizedSeqBatch, encoded: Tensor, rows: Rows, label_smoothing: float) -> Tensor:
         """[B, L] cross-entropies, zeros in rows without target."""
         codes = self._targets(batch)
-        rows = Rows(batch.offsets, batch.max_len)
-        x = self.embedding.decoder_inputs(codes, self.language)
-        hidden = self.decoder(x, self._encode(batch, rows), rows)
-        num_codes = sum(self.config.languages[self.language])
-        if hidden.device.type != "cpu" and num_codes <= _MAX_CODES_IN_ONE_PRODUCT:
-            return self._losses_in_one_product(hidden, codes, label_smoothing)
-        return self._losses_level_by_level(hidden, codes, label_smoothing)
-
-    def _losses_level_by_level(self, hidden: Tensor, codes: Tensor, label_smoothing: float) -> Tensor:
-        """[B, L, D] hidden states, [B, L] codes -> [B, L]."""
-        losses = [
-            ops.cross_entropy_small_vocab(
-                self._head(level)(level_hidden),
-                level_codes.contiguous(),
-                ignore_index=NO_TARGET,
-                label_smoothing=label_smoothing,
-            )
-            for level, (level_hidden, level_codes) in enumerate(zip(hidden.unbind(1), codes.unbind(1), strict=True))
-        ]
-        return torch.stack(losses, dim=1)
-
-    def _losses_in_one_product(self, hidden: Tensor, codes: Tensor, label_smoothing: float) -> Tensor:
-        """As `_losses_level_by_level`, with the logits of all levels at every position."""
-        weights = [self._head(level).weight for level in range(self.num_levels)]
-        logits = F.linear(hidden.flatten(0, 1), torch.cat(weights))
-        bounds = accumulate(self.config.languages[self.language], initial=0)
-        losses = ops.cross_entropy_small_vocab(
-            logits,
-            codes.flatten(),
-            ignore_index=NO_TARGET,
-            label_smoothing=label_smoothing,
-            level_slice=tuple(pairwise(bounds)),
-        )
-        return losses.view(codes.shape)
+        hidden = self.decoder(self.embedding.decoder_inputs(codes, self.language), encoded, rows)
+        return self.heads.losses(hidden, codes, self.language, label_smoothing)
 
     def _targets(self, batch: TokenizedSeqBatch) -> Tensor:
         codes = batch.target_codes
@@ -265,3 +320,19 @@ class EncoderDecoderRetrievalModel(nn.Module):
                 f"step expected codes and parents [{state.num_rows}, W], "
                 f"got {list(codes.shape)} and {list(parents.shape)}."
             )
+
+    def _require_decoder(self) -> None:
+        if not self.config.writes_codes:
+            raise InputError(
+                "the model has no decoder: it was trained with RetrievalModelConfig.sid_loss_weight = 0. Use dense "
+                "retrieval, or train a model with a weight above 0."
+            )
+
+
+def _histories(batch: TokenizedSeqBatch) -> SeqBatch:
+    if batch.histories is None:
+        raise ValueError(
+            "EncoderDecoderRetrievalModel expected a batch with the histories that its tokens were written from, which "
+            "a model with item features reads. Build it by SequenceTokenizer."
+        )
+    return batch.histories

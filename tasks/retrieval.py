@@ -1,4 +1,4 @@
-"""Training the retrieval model: histories as tokens, and the loss of the next item's codes."""
+"""Training the retrieval model: histories as tokens, and the losses of the next item."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from data.batching import Examples, TrainingBatches
 from data.schemas import SeqBatch
+from modules.item_table import ItemTable
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.sequence import SequenceTokenizer
 
@@ -20,6 +21,8 @@ class RetrievalTask:
         tokenize: item ids to the model's tokens.
         item_keys: of the catalogue.
         validate: metrics of the model as it is, on validation targets.
+        items: features of the catalogue, for a model that reads them.
+        selection_metric: key of a metric of `validate` that chooses the best weights.
     """
 
     selection_metric = "generative/valid/all/ndcg@10"
@@ -33,12 +36,16 @@ class RetrievalTask:
         tokenize: SequenceTokenizer,
         item_keys: Sequence[str],
         validate: Callable[[], dict[str, float]],
+        items: ItemTable | None = None,
+        selection_metric: str = selection_metric,
     ) -> None:
         self.model: nn.Module = model
         self._batches = batches
         self._tokenize = tokenize
         self._item_keys = item_keys
         self._validate = validate
+        self._items = items
+        self.selection_metric = selection_metric
 
     def batch(self, step: int) -> Examples | SeqBatch:
         """Where the histories and targets of a step lie."""
@@ -52,9 +59,14 @@ class RetrievalTask:
         return [self._item_keys[item_id] for item_id in ids.tolist()]
 
     def loss(self, model: nn.Module, batch: Examples | SeqBatch) -> dict[str, Tensor]:
-        """Cross-entropy summed over levels, and each level's own."""
+        """What the model's `forward` returns for the batch."""
         histories = self._batches.pack(batch)
-        return model(self._tokenize.to(histories.item_ids.device)(histories))
+        device = histories.item_ids.device
+        tokens = self._tokenize.to(device)(histories)
+        if self._items is None:
+            return model(tokens)
+        self._items = self._items.to(device)  # moves once; recorded steps read it where it then lies
+        return model(tokens, self._items)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Item-level metrics on validation targets."""

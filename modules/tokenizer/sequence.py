@@ -59,6 +59,7 @@ class SequenceTokenizer(nn.Module):
             offsets=offsets,
             max_len=max_len,
             target_codes=None if batch.targets is None else self.target_codes[batch.targets + 1].long(),
+            histories=batch,
         )
 
 

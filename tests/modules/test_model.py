@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from data.schemas import NO_TARGET, InputError, TokenizedSeqBatch
+from modules.item_tower import ItemInputConfig
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
+from modules.transformer.rows import Rows
 
 LEVEL_SIZES = (5, 4, 3)
 CONFIG = RetrievalModelConfig(
@@ -90,7 +92,8 @@ def test_the_mean_over_targets_is_the_mean_over_rows_bit_by_bit() -> None:
     losses["loss"].backward()
     got = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    level_losses = model._level_losses(batch, 0.0).mean(dim=0)
+    rows = Rows(batch.offsets, batch.max_len)
+    level_losses = model._level_losses(batch, model._encode(batch, rows, None), rows, 0.0).mean(dim=0)
     level_losses.sum().backward()
     assert torch.equal(losses["loss"], level_losses.sum())
     for grad, parameter in zip(got, model.parameters(), strict=True):
@@ -133,8 +136,8 @@ def test_one_product_for_all_levels_gives_the_same_losses(label_smoothing: float
     hidden = torch.randn(3, 3, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     inputs = [hidden, *model.heads.parameters()]
     results = []
-    for losses in (model._losses_in_one_product, model._losses_level_by_level):
-        loss = losses(hidden, batch.target_codes, label_smoothing)
+    for losses in (model.heads._in_one_product, model.heads._level_by_level):
+        loss = losses(hidden, batch.target_codes, "text", label_smoothing)
         results.append((loss, *torch.autograd.grad(loss.square().sum(), inputs)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
@@ -238,9 +241,12 @@ def test_heads_exist_for_every_language() -> None:
     assert model.embedding.weight.shape == (1 + 12 + 7 + 3, 16)
 
 
-def test_config_survives_json() -> None:
-    for values in (CONFIG.to_dict(), asdict(CONFIG)):
-        assert RetrievalModelConfig.from_dict(json.loads(json.dumps(values))) == CONFIG
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, items=ItemInputConfig(num_features=4), embedding_loss_weight=2.0)]
+)
+def test_config_survives_json(config: RetrievalModelConfig) -> None:
+    for values in (config.to_dict(), asdict(config)):
+        assert RetrievalModelConfig.from_dict(json.loads(json.dumps(values))) == config
 
 
 @pytest.mark.parametrize(
@@ -252,6 +258,9 @@ def test_config_survives_json() -> None:
         ({"relative_buckets": 6}, "multiple of 4, got 6"),
         ({"relative_max_distance": 4}, r"above relative_buckets / 2 \(4\), got 4"),
         ({"num_user_buckets": -1}, "num_user_buckets of at least 0"),
+        ({"sid_loss_weight": 0.0}, "at least 0 and not both 0, got 0.0 and 0.0. TIGER is 1 and 0, LIGER 1 and 1"),
+        ({"sid_loss_weight": -1.0}, "at least 0 and not both 0, got -1.0 and 0.0"),
+        ({"embedding_loss_weight": 1.0}, "embedding_loss_weight above 0 needs item features"),
     ],
 )
 def test_wrong_config_values_are_named(change: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Both shipped tasks trained by one or several processes, each on its share of every batch.
+"""The shipped tasks trained by one or several processes, each on its share of every batch.
 
 The data and the features are prepared first, as a training script does it: by one process while the others wait. The
 main process writes the weights of every training; tests compare those of two processes, started by torchrun, with those
@@ -22,9 +22,11 @@ from data.features import FeatureConfig
 from modules.estimators import QuantizeMode
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.sequential.sasrec import SASRecConfig
 from modules.tokenizer.sequence import SequenceTokenizer
 from tasks.retrieval import RetrievalTask
 from tasks.rqvae import RqVaeTask, by_codes, initialize_
+from tasks.sequence import SequenceTask
 from tests.tiny_dataset import MODEL_SIZES, NUM_ITEMS, walks
 from tests.training.tasks import QUANTIZERS, tokenizer_settings
 from tests.training.tiny import loop_config
@@ -54,17 +56,7 @@ def retrieval_task(folder: Path) -> RetrievalTask:
     sizes = (4, 4, 4)
     model = EncoderDecoderRetrievalModel(RetrievalModelConfig(languages={"text": sizes}, dropout=0.0, **MODEL_SIZES))
     semantic_ids = torch.randint(4, (NUM_ITEMS, len(sizes)))
-    process = process_state()
-    batches = TrainingBatches(
-        prepared.histories,
-        prepared.split("leave_one_out").train,
-        strategy=ExampleStrategy.EVERY_PREFIX,
-        max_history=8,
-        batch_size=BATCH_SIZE // process.num_processes,
-        seed=0,
-        process_index=process.process_index,
-        num_processes=process.num_processes,
-    )
+    batches = training_batches(prepared, ExampleStrategy.EVERY_PREFIX, max_history=8)
     tokenize = SequenceTokenizer(semantic_ids, model.vocabulary)
     return RetrievalTask(
         model,
@@ -72,6 +64,36 @@ def retrieval_task(folder: Path) -> RetrievalTask:
         tokenize=tokenize,
         item_keys=prepared.catalogue.item_keys,
         validate=lambda: {RetrievalTask.selection_metric: 0.5},
+    )
+
+
+def sequence_task(folder: Path) -> SequenceTask:
+    """Of rows of one length: a mean over positions is otherwise not the mean of its parts' means."""
+    prepared = data.processed.load_dataset(walks(folder, folder / "interactions.csv"))
+    torch.manual_seed(0)
+    model = SASRecConfig(num_items=NUM_ITEMS, d_model=16, d_ff=16, num_heads=2, max_history=3, dropout=0.0).build()
+    return SequenceTask(
+        model,
+        training_batches(prepared, ExampleStrategy.LAST_ONLY, max_history=3),
+        item_keys=prepared.catalogue.item_keys,
+        validate=lambda: {"sasrec/valid/all/ndcg@10": 0.5},
+    )
+
+
+def training_batches(
+    prepared: data.processed.PreparedDataset, strategy: ExampleStrategy, *, max_history: int
+) -> TrainingBatches:
+    """This process's share of every batch."""
+    process = process_state()
+    return TrainingBatches(
+        prepared.histories,
+        prepared.split("leave_one_out").train,
+        strategy=strategy,
+        max_history=max_history,
+        batch_size=BATCH_SIZE // process.num_processes,
+        seed=0,
+        process_index=process.process_index,
+        num_processes=process.num_processes,
     )
 
 
@@ -128,6 +150,7 @@ def train_all(folder: Path) -> None:
     process_state()  # before whatever asks Accelerate, which would believe each process to be alone
     prepare(folder)
     trained("retrieval", retrieval_task(folder), folder)
+    trained("sequence", sequence_task(folder), folder)
     frozen = ParameterGroup(parameters=("*embed*",), learning_rate_factor=0.0)
     settings = {"gradient_accumulation_steps": 2, "average_decay": 0.9, "parameter_groups": (frozen,)}
     trained("accumulated", retrieval_task(folder), folder, **settings)

@@ -1,5 +1,6 @@
-"""Both shipped tasks in small, and their steps without the loop around them."""
+"""The shipped tasks in small, and their steps without the loop around them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,17 @@ import tasks.rqvae
 from data.batching import ExampleStrategy, TrainingBatches
 from data.schemas import Histories, Ranges
 from modules.estimators import QuantizeMode
+from modules.item_table import ItemTable
+from modules.item_tower import ItemInputConfig
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from modules.quantize import Distance
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.sequential.sasrec import SASRecConfig
 from modules.tokenizer.policies import CollisionPolicy
 from modules.tokenizer.sequence import SequenceTokenizer
 from tasks.retrieval import RetrievalTask
 from tasks.rqvae import RqVaeTask, TokenizerSettings
+from tasks.sequence import SequenceTask
 from tests.training.tiny import loop_config
 from training.optimizers import build_optimizer
 from training.step import OptimizerStep
@@ -45,8 +50,10 @@ def train(task: Task, accelerator: Any, *, recorded: bool, num_steps: int) -> Te
     return torch.stack([step([task.batch(index)]).values.clone() for index in range(num_steps)])
 
 
-def retrieval_task(*, fixed_capacity: bool, dropout: float = 0.1, device: torch.device = CPU) -> RetrievalTask:
-    """Fifty users, thirty items, one layer; batches of 32."""
+def retrieval_task(
+    *, fixed_capacity: bool, dropout: float = 0.1, device: torch.device = CPU, items: ItemTable | None = None
+) -> RetrievalTask:
+    """Fifty users, thirty items, one layer; batches of 32; with items LIGER, else TIGER."""
     torch.manual_seed(0)
     sizes = (8, 8, 4)
     config = RetrievalModelConfig(
@@ -60,7 +67,43 @@ def retrieval_task(*, fixed_capacity: bool, dropout: float = 0.1, device: torch.
         num_user_buckets=5,
         dropout=dropout,
     )
+    if items is not None:
+        item_input = ItemInputConfig(
+            num_features=items.width, hidden_dims=(12,), projection_dropout=dropout, input_dropout=dropout
+        )
+        config = replace(config, items=item_input, embedding_loss_weight=1.0)
     model = EncoderDecoderRetrievalModel(config)
+    batches = training_batches(ExampleStrategy.EVERY_PREFIX, fixed_capacity, device)
+    semantic_ids = torch.stack([torch.randint(size, (30,)) for size in sizes], dim=1)
+    tokenize = SequenceTokenizer(semantic_ids, model.vocabulary)
+    return RetrievalTask(
+        model,
+        batches,
+        tokenize=tokenize,
+        item_keys=[f"item-{item_id}" for item_id in range(30)],
+        validate=dict,
+        items=items,
+    )
+
+
+def liger_task(**settings: Any) -> RetrievalTask:
+    """A retrieval task with a dense head over features, which three items lack."""
+    missing = torch.arange(30) % 10 == 0
+    features = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)).masked_fill(missing[:, None], 0.0)
+    return retrieval_task(**settings, items=ItemTable(features, missing, torch.zeros_like(missing)))
+
+
+def sequence_task(*, fixed_capacity: bool, dropout: float = 0.1, device: torch.device = CPU) -> SequenceTask:
+    """The same data and two layers; batches of 32 whole histories."""
+    torch.manual_seed(0)
+    config = SASRecConfig(num_items=30, d_model=16, d_ff=16, num_heads=2, max_history=8, dropout=dropout)
+    model = config.build()
+    batches = training_batches(ExampleStrategy.LAST_ONLY, fixed_capacity, device)
+    return SequenceTask(model, batches, item_keys=[f"item-{item_id}" for item_id in range(30)], validate=dict)
+
+
+def training_batches(strategy: ExampleStrategy, fixed_capacity: bool, device: torch.device) -> TrainingBatches:
+    """Of random histories; draws from torch's generator."""
     lengths = torch.randint(2, 12, (50,))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
     num_items = int(offsets[-1])
@@ -68,20 +111,15 @@ def retrieval_task(*, fixed_capacity: bool, dropout: float = 0.1, device: torch.
         offsets, torch.randint(30, (num_items,), dtype=torch.int32), torch.arange(num_items), torch.arange(50)
     )
     rows = torch.arange(50, dtype=torch.int32)
-    batches = TrainingBatches(
+    return TrainingBatches(
         histories,
         Ranges(rows, torch.zeros_like(rows), (lengths - 1).int()),
-        strategy=ExampleStrategy.EVERY_PREFIX,
+        strategy=strategy,
         max_history=8,
         batch_size=32,
         seed=0,
         device=device,
         fixed_capacity=fixed_capacity,
-    )
-    semantic_ids = torch.stack([torch.randint(size, (30,)) for size in sizes], dim=1)
-    tokenize = SequenceTokenizer(semantic_ids, model.vocabulary)
-    return RetrievalTask(
-        model, batches, tokenize=tokenize, item_keys=[f"item-{item_id}" for item_id in range(30)], validate=dict
     )
 
 

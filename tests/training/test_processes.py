@@ -75,7 +75,7 @@ def test_two_processes_at_half_the_batch_equal_one(tmp_path):
     script_equal.train_all(folders[1])
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 0, error
-    for name in ("retrieval", "accumulated", *script_equal.TOKENIZERS[1:]):
+    for name in ("retrieval", "sequence", "accumulated", *script_equal.TOKENIZERS[1:]):
         two, one = (torch.load(folder / name / "weights.pt") for folder in folders)
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     logs = [(folder / "ema" / "metrics.jsonl").read_text().splitlines() for folder in folders]

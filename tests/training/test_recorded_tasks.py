@@ -1,4 +1,4 @@
-"""Both shipped tasks, recorded by a stand-in for CUDA graphs: what replays equals what runs."""
+"""The shipped tasks, recorded by a stand-in for CUDA graphs: what replays equals what runs."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import ops.checks
 import ops.graphs
 from tasks.rqvae import RqVaeTask
 from tests.ops.recorders import TapeRecorder
-from tests.training.tasks import CPU, QUANTIZERS, retrieval_task, rqvae_task, train
+from tests.training.tasks import CPU, QUANTIZERS, liger_task, retrieval_task, rqvae_task, sequence_task, train
 from training.task import Task
 
 NUM_STEPS = 12
@@ -24,7 +24,7 @@ PLAIN = SimpleNamespace(scaler=None, device=CPU, autocast=nullcontext, num_proce
 def as_on_a_gpu(monkeypatch):
     """Plain twins and no look at values, both of which a processor would allow itself."""
     monkeypatch.setattr(ops.checks, "_reads_values", lambda offsets: False)
-    for module in (ops.backend, ops.layers, ops.attention, ops.codes, ops.jagged):
+    for module in (ops.backend, ops.layers, ops.losses, ops.attention, ops.codes, ops.jagged):
         if hasattr(module, "uses_cpu_path"):
             monkeypatch.setattr(module, "uses_cpu_path", lambda device_type, seed: False)
 
@@ -56,12 +56,14 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def test_the_retrieval_model_trains_the_same_recorded(recorders):
-    assert_same_training(retrieval_task(fixed_capacity=True), retrieval_task(fixed_capacity=True), recorders)
+@pytest.mark.parametrize("task", [retrieval_task, liger_task, sequence_task])
+def test_a_model_of_histories_trains_the_same_recorded(recorders, task):
+    assert_same_training(task(fixed_capacity=True), task(fixed_capacity=True), recorders)
 
 
-def test_a_fixed_capacity_changes_nothing_but_rounding():
-    exact, fixed = retrieval_task(fixed_capacity=False, dropout=0.0), retrieval_task(fixed_capacity=True, dropout=0.0)
+@pytest.mark.parametrize("task", [retrieval_task, liger_task, sequence_task])
+def test_a_fixed_capacity_changes_nothing_but_rounding(task):
+    exact, fixed = task(fixed_capacity=False, dropout=0.0), task(fixed_capacity=True, dropout=0.0)
     torch.testing.assert_close(
         train_on_cpu(fixed, recorded=False), train_on_cpu(exact, recorded=False), rtol=1e-4, atol=1e-5
     )
