@@ -1,5 +1,6 @@
 """Deterministic beam search over the prefix trie of a catalogue."""
 
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +25,34 @@ class StepModel(Protocol):
         """Logits [B, W, K] of the next level, given the codes of the last one and the beams they continue."""
 
 
+class ItemStepModel(StepModel, Protocol):
+    """A model that can also read item vectors, as `EncoderDecoderRetrievalModel` does."""
+
+    def start(self, batch: TokenizedSeqBatch, item_vectors: Tensor | None = None) -> Any:
+        """As `StepModel.start`, with vectors [N, D] of the catalogue's items."""
+
+
+@dataclass(frozen=True, eq=False)
+class WithItems:
+    """A model that reads item features, as generation takes it: with its item vectors in hand.
+
+    Attributes:
+        model: in evaluation mode.
+        item_vectors: [N, D] from its `project_items`.
+    """
+
+    model: ItemStepModel
+    item_vectors: Tensor
+
+    def start(self, batch: TokenizedSeqBatch) -> Any:
+        """See `StepModel.start`."""
+        return self.model.start(batch, self.item_vectors)
+
+    def step(self, state: Any, codes: Tensor | None, parents: Tensor | None) -> Tensor:
+        """See `StepModel.step`."""
+        return self.model.step(state, codes, parents)
+
+
 @torch.no_grad()
 def beam_search(
     model: StepModel,
@@ -45,7 +74,7 @@ def beam_search(
     them. Equal scores are broken by the lower code tuple, then by the lower item id.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; `WithItems(model, item_vectors)` if it reads item features.
         batch: B tokenized histories on the model's device.
         trie: on the same device.
         beam_width: prefixes kept per step; may exceed the number of items. On a GPU the kernels select up to 8,192 of

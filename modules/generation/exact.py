@@ -207,4 +207,4 @@ class ExactRanker(GenerativeRanker):
     def _search_trie(
         self, tokens: TokenizedSeqBatch, width: int, leaf_filter: ops.LeafFilter | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _top_k(self.model, tokens, self._trie, width, leaf_filter, self._normalize, self._max_beams)
+        return _top_k(self._step_model(), tokens, self._trie, width, leaf_filter, self._normalize, self._max_beams)

@@ -6,13 +6,16 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ops
 from data.schemas import NO_ITEM, InputError, ItemFilter, SeqBatch, TokenizedSeqBatch
-from modules.generation.beam import Normalize, raise_if_broken, search_beams
+from modules.dense.projected_items import ProjectedItems
+from modules.generation.beam import Normalize, StepModel, WithItems, raise_if_broken, search_beams
 from modules.generation.trie import PrefixTrie
+from modules.item_table import ItemTable
 from modules.model import EncoderDecoderRetrievalModel
+from modules.ranking import check_codes, check_filter, check_settings, evaluation_mode, last_items, parts_of
 from modules.tokenizer.sequence import SequenceTokenizer
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
@@ -66,6 +69,7 @@ class GenerativeRanker:
         self,
         model: EncoderDecoderRetrievalModel,
         tokenizer: SemanticIdTokenizer,
+        items: ItemTable | ProjectedItems | None = None,
         *,
         beam_width: int = 20,
         max_history: int = 20,
@@ -78,6 +82,8 @@ class GenerativeRanker:
         Args:
             model: used in evaluation mode on whatever device it lies at the time of a call.
             tokenizer: the one that the model was trained with, or one that has grown from it.
+            items: of the tokenizer's catalogue, for a model that reads item features; or their projections, which
+                other rankers may share.
             beam_width: prefixes kept per step; at least k are kept in any case.
             max_history: only a row's last items up to this number are read, as in training.
             batch_size: histories searched at once, which bounds the memory.
@@ -85,37 +91,50 @@ class GenerativeRanker:
             cuda_graphs: False searches kernel by kernel.
 
         Raises:
-            InputError: if a number is below 1, the normalisation is unknown, or the tokenizer's codes are not those
-                that the model writes.
+            InputError: if a number is below 1, the normalisation is unknown, the model has no decoder, the tokenizer's
+                codes are not those that the model writes, or the items are missing or do not fit.
         """
-        settings = {"beam_width": beam_width, "max_history": max_history, "batch_size": batch_size}
-        for name, value in settings.items():
-            if value < 1:
-                raise InputError(f"GenerativeRanker expected {name} of at least 1, got {value}.")
+        check_settings("GenerativeRanker", beam_width=beam_width, max_history=max_history, batch_size=batch_size)
         if normalize not in get_args(Normalize):
             known = " or ".join(map(repr, get_args(Normalize)))
             raise InputError(f"GenerativeRanker expected normalize to be {known}, got {normalize!r}.")
+        if not model.config.writes_codes:
+            raise InputError(
+                "generative and hybrid retrieval need a model with a decoder; this one was trained with "
+                "RetrievalModelConfig.sid_loss_weight = 0. Use mode dense, or train with a weight above 0."
+            )
         self.model = model
         self.beam_width = beam_width
         self.max_history = max_history
         self.batch_size = batch_size
         self._normalize = normalize
         self._cuda_graphs = cuda_graphs
+        reads_items = model.config.items is not None or items is not None
+        self.projected = ProjectedItems.of(model, items) if reads_items else None
         self.refresh(tokenizer)
 
-    def refresh(self, tokenizer: SemanticIdTokenizer) -> None:
+    def refresh(self, tokenizer: SemanticIdTokenizer, items: ItemTable | None = None) -> None:
         """Take over a catalogue to which items were added or from which some were removed; recordings begin anew.
 
+        Args:
+            tokenizer: of the new catalogue.
+            items: of the new catalogue, for a model that reads item features; None where none have changed.
+
         Raises:
-            InputError: if the tokenizer's codes are not those that the model writes, or no item is available; the
-                ranker stays as it was.
+            InputError: if the tokenizer's codes are not those that the model writes, no item is available, or the
+                items do not fit; the ranker stays as it was.
         """
         model = self.model
-        _check_codes(model, tokenizer)
+        check_codes(type(self).__name__, model, tokenizer)
+        if self.projected is not None:
+            self.projected.check_rows(len(tokenizer.semantic_ids), items)
         trie = PrefixTrie.from_semantic_ids(tokenizer.semantic_ids, tokenizer.available)
-        self._tokenize = SequenceTokenizer(tokenizer.semantic_ids, model.vocabulary, language=model.language)
-        self._trie = trie
+        tokenize = SequenceTokenizer(tokenizer.semantic_ids, model.vocabulary, language=model.language)
+        if self.projected is not None and items is not None:
+            self.projected.refresh(items)
+        self._tokenize, self._trie = tokenize, trie
         self._device: torch.device | None = None
+        self._item_vectors: Tensor | None = None
 
     def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]:
         """The k likeliest items per history; see `Ranker.rank`. Results lie where the histories lie.
@@ -125,16 +144,16 @@ class GenerativeRanker:
             InputError: if the model's logits are not finite.
         """
         if allowed is not None:
-            _check_filter(allowed, num_rows=len(histories), num_items=self._trie.num_item_ids)
+            check_filter(allowed, num_rows=len(histories), num_items=self._trie.num_item_ids)
         device = next(self.model.parameters()).device
-        self._move_to(device)
+        self._follow(device)
         num_rows, home = len(histories), histories.item_ids.device
         item_ids = torch.full((num_rows, k), NO_ITEM, device=device)
         scores = torch.full((num_rows, k), -torch.inf, device=device)
         broken = []
         query = Query(last_items(replace(histories, targets=None), self.max_history), max(self.beam_width, k), allowed)
         query = self._with_flags_on_device(query)
-        with _evaluation_mode(self.model), _autocast_without_cache(device) as precision:
+        with evaluation_mode(self.model), _autocast_without_cache(device) as precision:
             for rows, part in _parts(query, self.batch_size):
                 num_found = len(part.histories)
                 if self._search.records:
@@ -147,11 +166,12 @@ class GenerativeRanker:
             raise_if_broken(torch.cat(broken, dim=1))
         return item_ids.to(home), scores.to(home)
 
-    def _move_to(self, device: torch.device) -> None:
-        """Trie, tokenizer and recordings follow the model."""
-        if device == self._device:
+    def _follow(self, device: torch.device) -> None:
+        """Trie, tokenizer and recordings follow the model's device, item vectors its weights."""
+        item_vectors = None if self.projected is None else self.projected.vectors()
+        if device == self._device and item_vectors is self._item_vectors:
             return
-        self._device = device
+        self._device, self._item_vectors = device, item_vectors
         self._trie = self._trie.to(device)
         self._tokenize.to(device)
         self._search = ops.GraphedCall(
@@ -159,7 +179,7 @@ class GenerativeRanker:
             device=device,
             name="beam search",
             enabled=self._cuda_graphs,
-            memory=list(self.model.parameters()),
+            memory=[*self.model.parameters(), *([] if item_vectors is None else [item_vectors])],
             max_shapes=_MAX_SHAPES,
         )
 
@@ -180,67 +200,19 @@ class GenerativeRanker:
     def _search_trie(
         self, tokens: TokenizedSeqBatch, width: int, leaf_filter: ops.LeafFilter | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return search_beams(self.model, tokens, self._trie, width, leaf_filter, self._normalize)
+        return search_beams(self._step_model(), tokens, self._trie, width, leaf_filter, self._normalize)
 
-
-def _check_filter(allowed: ItemFilter, *, num_rows: int, num_items: int) -> None:
-    """Parts of a filter of more rows would fit, and so would flags of another catalogue."""
-    num_flags = num_items if allowed.allowed is None else len(allowed.allowed)
-    if (len(allowed), num_flags) != (num_rows, num_items):
-        raise ValueError(
-            f"rank expected a filter of {num_rows} rows and, if any, flags of {num_items} items, "
-            f"got {len(allowed)} rows and {num_flags} flags."
-        )
-
-
-def last_items(histories: SeqBatch, max_history: int) -> SeqBatch:
-    """The batch with only the last `max_history` items of every row.
-
-    On a GPU, whose host would have to wait for their number, the batch keeps a tail of items that belong to no row.
-    """
-    if histories.max_len <= max_history or len(histories) == 0:
-        return histories
-    ends = histories.offsets[1:].long()
-    offsets = torch.nn.functional.pad(histories.offsets.diff().clamp(max=max_history).cumsum(0), (1, 0))
-    num_items = min(len(histories.item_ids), len(histories) * max_history)
-    if _knows_values(offsets):
-        num_items = int(offsets[-1])
-    places = torch.arange(num_items, device=offsets.device)
-    rows = torch.bucketize(places, offsets[1:], right=True).clamp(max=len(histories) - 1)
-    positions = places + (ends - offsets[1:])[rows]
-    return replace(
-        histories,
-        item_ids=histories.item_ids[positions.clamp(max=len(histories.item_ids) - 1)],
-        offsets=offsets.to(torch.int32),
-        max_len=max_history,
-    )
-
-
-def _knows_values(tensor: Tensor) -> bool:
-    """Whether the host reads a tensor without waiting."""
-    return tensor.device.type == "cpu"
+    def _step_model(self) -> StepModel:
+        return self.model if self._item_vectors is None else WithItems(self.model, self._item_vectors)
 
 
 def _parts(query: Query, num_rows: int) -> Iterator[tuple[slice, Query]]:
-    """The query in parts of at most `num_rows` rows, each with the rows that it holds.
-
-    The host waits for a GPU only where histories or sets that lie there are really parted.
-    """
-    histories, allowed = query.histories, query.allowed
-    if 0 < len(histories) <= num_rows:
-        yield slice(0, len(histories)), query
-        return
-    bounds = histories.offsets.tolist()
-    for begin in range(0, len(histories), num_rows):
-        rows = slice(begin, min(begin + num_rows, len(histories)))
-        part = replace(
-            histories,
-            item_ids=histories.item_ids[bounds[rows.start] : bounds[rows.stop]],
-            offsets=histories.offsets[rows.start : rows.stop + 1] - bounds[rows.start],
-            user_hashes=histories.user_hashes[rows],
-            targets=None if histories.targets is None else histories.targets[rows],
-        )
-        yield rows, replace(query, histories=part, allowed=None if allowed is None else allowed.part(rows))
+    """The query in parts of at most `num_rows` rows, as `parts_of` parts histories."""
+    for rows, histories in parts_of(query.histories, num_rows):
+        allowed = query.allowed
+        if allowed is not None and len(histories) < len(allowed):
+            allowed = allowed.part(rows)
+        yield rows, replace(query, histories=histories, allowed=allowed)
 
 
 @contextmanager
@@ -253,23 +225,3 @@ def _autocast_without_cache(device: torch.device) -> Iterator[torch.dtype | None
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     with torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
         yield dtype if enabled else None
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def _check_codes(model: EncoderDecoderRetrievalModel, tokenizer: SemanticIdTokenizer) -> None:
-    expected = model.config.languages[model.language]
-    if (model.language, expected) != (tokenizer.language, tokenizer.level_sizes):
-        raise InputError(
-            f"GenerativeRanker expected a tokenizer with {model.language!r} codes of sizes {expected}, which the model "
-            f"writes; got {tokenizer.language!r} codes of sizes {tokenizer.level_sizes}. "
-            "Use the tokenizer that the model was trained with."
-        )

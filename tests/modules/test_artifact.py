@@ -1,6 +1,5 @@
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -88,7 +87,7 @@ def test_a_full_disk_during_the_weights_is_one_error(tmp_path, monkeypatch):
     def full_disk(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("modules.artifact.save_file", full_disk)
+    monkeypatch.setattr("modules.model_files.save_file", full_disk)
     with pytest.raises(InputError, match="No space left"):
         save_tiny_artifact(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -157,7 +156,7 @@ def test_a_model_accepts_later_versions_of_its_catalogue(tmp_path):
 
 def test_saving_keeps_the_hash_that_the_model_was_trained_with(tmp_path):
     artifact = save_tiny_artifact(tmp_path / "model")
-    grown = replace(artifact, tokenizer=artifact.tokenizer.with_items(["new"], torch.zeros(1, 6)))
+    grown = artifact.with_catalogue(artifact.tokenizer.with_items(["new"], torch.zeros(1, 6)))
     grown.save(tmp_path / "model")
     loaded = load_model_artifact(tmp_path / "model")
     assert loaded.tokenizer.num_items == artifact.tokenizer.num_items + 1
@@ -165,7 +164,7 @@ def test_saving_keeps_the_hash_that_the_model_was_trained_with(tmp_path):
         assert loaded.manifest[name] == artifact.manifest[name]
     assert (loaded.system, loaded.ranker_settings) == (artifact.system, artifact.ranker_settings)
     assert set(loaded.make_ranker().rank(SeqBatch.from_lists([[0, 3]]), 13)[0][0].tolist()) == set(range(13))
-    again = replace(loaded, tokenizer=loaded.tokenizer.with_items(["newer"], torch.ones(1, 6)))
+    again = loaded.with_catalogue(loaded.tokenizer.with_items(["newer"], torch.ones(1, 6)))
     again.save(tmp_path / "other")
     assert load_model_artifact(tmp_path / "other").tokenizer.catalogue_version == 3
 
@@ -174,7 +173,7 @@ def test_unrelated_and_earlier_tokenizers_are_not_saved(tmp_path):
     artifact = save_tiny_artifact(tmp_path / "model")
     before = contents(tmp_path)
     with pytest.raises(InputError, match="to be saved is not the tokenizer that this model was trained with"):
-        replace(artifact, tokenizer=tiny_tokenizer(seed=1)).save(tmp_path / "model")
+        artifact.with_catalogue(tiny_tokenizer(seed=1)).save(tmp_path / "model")
     assert contents(tmp_path) == before
     grown = artifact.tokenizer.with_items(["new"], torch.zeros(1, 6))
     save_model_artifact(tmp_path / "grown", artifact.model, grown, {}, ranker_settings=RANKER_SETTINGS)
@@ -199,7 +198,7 @@ def test_a_tokenizer_is_not_a_model(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"system": "oracle"}, "names the system 'oracle', this library knows: .*retrieval"),
+        ({"system": "oracle"}, "config.json: there is no system 'oracle'; this library knows: .*retrieval"),
         ({"model": {"languages": {"text": [5, 3, 4]}, "depth": 3}}, "does not know depth"),
         ({"model": {"languages": {"text": [9, 9, 9]}}}, "contradicts itself"),
     ],

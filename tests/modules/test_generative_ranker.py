@@ -10,8 +10,9 @@ import ops.graphs
 from data.schemas import InputError, ItemFilter, SeqBatch
 from evaluation.ranker import Ranker, check_ranking
 from modules.generation.beam import beam_search
-from modules.generation.ranker import GenerativeRanker, Query, last_items
+from modules.generation.ranker import GenerativeRanker, Query
 from modules.generation.trie import PrefixTrie
+from modules.ranking import last_items
 from modules.tokenizer.sequence import SequenceTokenizer
 from tests.item_filters import filter_of
 from tests.modules.generation_fakes import all_log_likelihoods, random_semantic_ids
@@ -337,7 +338,7 @@ def test_last_items_without_a_wait_for_their_number(tape):
     """As on a GPU: items that belong to no row may lie behind the last one."""
     batch = SeqBatch.from_lists([[1, 2, 3, 4], [], [5], [6, 7, 8]])
     expected = last_items(batch, 2)
-    with mock.patch("modules.generation.ranker._knows_values", return_value=False):
+    with mock.patch("modules.ranking._knows_values", return_value=False):
         tape.record(lambda: last_items(batch, 2))
         cut = last_items(batch, 2)
     assert torch.equal(cut.offsets, expected.offsets)

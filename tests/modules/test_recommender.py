@@ -1,11 +1,16 @@
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from data.schemas import NO_ITEM, Catalogue, InputError, user_hashes
+from data.schemas import NO_ITEM, Catalogue, InputError, SeqBatch, user_hashes
+from modules.item_table import ItemTable
 from modules.recommender import Recommendation, Recommender
-from tests.modules.tiny_artifact import save_tiny_artifact
+from modules.tokenizer.policies import CollisionPolicy
+from modules.tokenizer.sequence import SequenceTokenizer
+from modules.tokenizer.tokenizer import SemanticIdTokenizer
+from tests.modules.tiny_artifact import save_tiny_artifact, save_tiny_liger, save_tiny_sasrec
 
 CATALOGUE = Catalogue(["a", "b", "c", "d"], ["Apple", "Bread", "", "Dates"], ["", "", "", ""])
 
@@ -292,3 +297,93 @@ def test_a_ranker_that_cannot_change_says_so(loaded):
     with pytest.raises(InputError, match="the ranker LowestFirst cannot change its catalogue"):
         loaded.remove_items(["item-1"])
     assert loaded.is_available("item-1")
+
+
+@pytest.mark.parametrize("mode", ["dense", "hybrid@2", "hybrid@all"])
+def test_new_items_are_ranked_at_once_by_their_features(tmp_path, mode):
+    saved = save_tiny_liger(tmp_path / "model")
+    recommender = Recommender.from_pretrained(tmp_path / "model", device="cpu", mode=mode)
+    before = dict(full_ranking(recommender))  # projects the catalogue as it was
+    new = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
+    recommender.add_items(["new-0", "new-1", "new-2"], new)
+    expected = cosines(saved, new, torch.zeros(3, dtype=torch.bool))
+    grown = dict(full_ranking(recommender))
+    assert {key: grown[key] for key in before} == pytest.approx(before, abs=1e-5)
+    assert [grown[f"new-{place}"] for place in range(3)] == pytest.approx(expected, abs=1e-5)
+
+    recommender.remove_items(["new-1", "item-10"])
+    shrunk = full_ranking(recommender)
+    assert not {"new-1", "item-10"} & set(dict(shrunk))
+    assert {"new-0", "new-2", "item-9", "item-11"} <= set(dict(shrunk))
+    recommender.save_pretrained(tmp_path / "grown")
+    again = Recommender.from_pretrained(tmp_path / "grown", device="cpu", mode=mode)
+    assert_same_ranking(full_ranking(again), shrunk)
+    again.add_items(["new-1"], new[:1])  # it comes back as something else
+    assert dict(full_ranking(again))["new-1"] == pytest.approx(expected[0], abs=1e-5)
+    assert again.semantic_id("new-1") == recommender.semantic_id("new-1")
+
+
+def cosines(artifact, features, missing, history=("item-1", "item-2")):
+    """Of items with the model's query, step by step."""
+    model = artifact.model
+    table = artifact.items
+    with torch.no_grad():
+        vectors = model.project_items(table)
+        tokenize = SequenceTokenizer(artifact.tokenizer.semantic_ids, model.vocabulary, language="text")
+        ids = [artifact.catalogue.item_keys.index(key) for key in history]
+        query = model.queries(tokenize(SeqBatch.from_lists([ids])), vectors)
+        new = model.project_items(ItemTable(features, missing, ~missing))
+    return torch.cosine_similarity(query, new).tolist()
+
+
+def test_a_refused_change_of_a_model_with_items_changes_nothing(tmp_path, monkeypatch):
+    save_tiny_liger(tmp_path / "model")
+    recommender = Recommender.from_pretrained(tmp_path / "model", device="cpu", mode="hybrid@3")
+    before, artifact = full_ranking(recommender), recommender.artifact
+    recommender.remove_items([])
+    for features, message in ((torch.full((1, 6), torch.inf), "finite"), (torch.zeros(1, 5), r"shape \[1, 6\]")):
+        with pytest.raises(InputError, match=message):
+            recommender.add_items(["new"], features)
+    monkeypatch.setitem(artifact.manifest, "item_features", {"encoder": "another"})
+    with pytest.raises(InputError, match=r"reads other features than its tokenizer was fitted on: .*encoder='another'"):
+        recommender.add_items(["new"], torch.zeros(1, 6))
+    assert recommender.artifact is artifact
+    assert "new" not in recommender
+    assert full_ranking(recommender) == before
+
+
+def test_features_of_items_that_come_back_are_checked_without_a_quantizer(tmp_path):
+    """The tokenizer, whose ids were imported, does not look at them."""
+    saved = save_tiny_liger(tmp_path / "model")
+    ids = saved.tokenizer
+    imported = SemanticIdTokenizer.from_ids(
+        ids.semantic_ids, ids.level_sizes, ids.catalogue, collisions=CollisionPolicy.NONE
+    )
+    artifact = replace(saved, tokenizer=imported)
+    recommender = Recommender(artifact.make_ranker(mode="dense"), artifact.catalogue, artifact=artifact)
+    recommender.remove_items(["item-4"])
+    with pytest.raises(InputError, match=r"finite values, got NaN or infinity in row 0 \(item 'item-4'\)"):
+        recommender.add_items(["item-4"], torch.full((1, 6), torch.nan))
+    with pytest.raises(InputError, match=r"shape \[1, 6\]"):
+        recommender.add_items(["item-4"], torch.zeros(2, 6))
+    recommender.add_items(["item-4"], torch.ones(1, 6))
+    expected = cosines(artifact, torch.ones(1, 6), torch.tensor([False]))
+    assert dict(full_ranking(recommender))["item-4"] == pytest.approx(expected[0], abs=1e-5)
+
+
+def test_a_model_without_semantic_ids(tmp_path):
+    save_tiny_sasrec(tmp_path / "model")
+    recommender = Recommender.from_pretrained(tmp_path / "model", device="cpu")
+    assert len(full_ranking(recommender)) == 12
+    assert recommender.is_available("item-3")
+    assert recommender.recommend([["item-1"]], 2, deny=["item-3"])[0].complete
+    for call in (
+        lambda: recommender.similar_items(["item-1"]),
+        lambda: recommender.semantic_id("item-1"),
+        lambda: recommender.add_items(["e"], torch.zeros(1, 6)),
+        lambda: recommender.remove_items(["item-1"]),
+    ):
+        with pytest.raises(InputError, match="needs semantic ids, which a 'sasrec' model has not"):
+            call()
+    recommender.save_pretrained(tmp_path / "copy")
+    assert full_ranking(Recommender.from_pretrained(tmp_path / "copy", device="cpu")) == full_ranking(recommender)

@@ -4,8 +4,11 @@ import torch
 
 from data.schemas import Catalogue
 from modules.artifact import load_model_artifact, save_model_artifact
+from modules.item_table import ItemTable
+from modules.item_tower import ItemInputConfig
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.sequential.sasrec import SASRec, SASRecConfig
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
 RANKER_SETTINGS = {"beam_width": 5, "max_history": 4}
@@ -33,7 +36,7 @@ def tiny_model(level_sizes, seed=0, **changes):
         torch.manual_seed(seed)
         model = EncoderDecoderRetrievalModel(RetrievalModelConfig(languages={"text": tuple(level_sizes)}, **sizes))
     with torch.no_grad():
-        for parameter in model.heads.parameters():
+        for parameter in model.heads.parameters() if model.config.writes_codes else ():
             parameter.mul_(8.0)
     return model.eval()
 
@@ -61,4 +64,36 @@ def save_tiny_artifact(folder, seed=0, tokenizer=None, **extra):
     model = tiny_model(tokenizer.level_sizes, seed=seed)
     manifest = {"dataset": {"dataset": "demo"}, "dataset_manifest_hash": "d0", "commit": "c0", **extra}
     save_model_artifact(folder, model, tokenizer, manifest, ranker_settings=RANKER_SETTINGS)
+    return load_model_artifact(folder)
+
+
+TINY_ITEMS = ItemInputConfig(num_features=6, hidden_dims=(8,), num_positions=4)
+
+
+def tiny_items(num_items=12, seed=0):
+    """Random features; item 1 has none, items 9 and up are cold."""
+    features = torch.randn(num_items, 6, generator=torch.Generator().manual_seed(seed))
+    missing, cold = torch.arange(num_items) == 1, torch.arange(num_items) >= 9
+    return ItemTable(features.masked_fill(missing[:, None], 0.0), missing, cold)
+
+
+def save_tiny_liger(folder, seed=0, settings=RANKER_SETTINGS, **changes):
+    """Save a model that writes codes and has a dense head, unless `changes` of its config say other; read it back."""
+    tokenizer, items = tiny_tokenizer(seed=seed), tiny_items(seed=seed)
+    model = tiny_model(
+        tokenizer.level_sizes, seed=seed, **{"items": TINY_ITEMS, "embedding_loss_weight": 1.0} | changes
+    )
+    model.fit_features_(items)
+    save_model_artifact(folder, model, tokenizer, {"commit": "c0"}, ranker_settings=settings, items=items)
+    return load_model_artifact(folder)
+
+
+def save_tiny_sasrec(folder, num_items=12, seed=0, **manifest):
+    """Save a random SASRec, whose artifact has no tokenizer, and read it back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SASRec(SASRecConfig(num_items=num_items, d_model=8, d_ff=8, num_layers=1, max_history=4))
+    settings = {"max_history": 4}
+    catalogue = tiny_catalogue(num_items)
+    save_model_artifact(folder, model, catalogue, manifest, ranker_settings=settings, system="sasrec")
     return load_model_artifact(folder)
