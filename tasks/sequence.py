@@ -1,0 +1,56 @@
+"""Training models that predict the next item at every position of a history."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data.batching import Examples, TrainingBatches
+from data.schemas import SeqBatch
+from modules.sequential.next_item import NextItemModel
+
+
+class SequenceTask:
+    """What the training loop needs to know of such a model.
+
+    Args:
+        model: of any kind; its name is that of its ranker.
+        batches: training batches of item ids.
+        item_keys: of the catalogue.
+        validate: metrics of the model as it is, on validation targets.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        model: NextItemModel,
+        batches: TrainingBatches,
+        *,
+        item_keys: Sequence[str],
+        validate: Callable[[], dict[str, float]],
+    ) -> None:
+        self.model: nn.Module = model
+        self.selection_metric = f"{model.name}/valid/all/ndcg@10"
+        self._batches = batches
+        self._item_keys = item_keys
+        self._validate = validate
+
+    def batch(self, step: int) -> Examples | SeqBatch:
+        """Where the histories and targets of a step lie."""
+        return self._batches.draw(step)
+
+    def item_keys(self, step: int) -> list[str]:
+        """Every item of the histories and targets of a step once."""
+        batch = self._batches.batch(step)
+        assert batch.targets is not None
+        ids = torch.cat([batch.item_ids[: int(batch.offsets[-1])], batch.targets]).unique()
+        return [self._item_keys[item_id] for item_id in ids.tolist()]
+
+    def loss(self, model: nn.Module, batch: Examples | SeqBatch) -> dict[str, Tensor]:
+        """Cross-entropy of the next item, averaged over all positions of the batch."""
+        return model(self._batches.pack(batch))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Item-level metrics on validation targets."""
+        return self._validate()
