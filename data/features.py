@@ -2,7 +2,7 @@
 
 `{root}/features/{dataset}/{key}/` holds `features.npy` and `manifest.json`, where the key is a hash of all that decides
 the values: the encoder and its settings, the text template and the item table. Other settings make another folder, so
-nothing stale can be read. Reading needs numpy alone.
+nothing stale can be read. Where some items have nothing to encode, `missing.npy` says which. Reading needs numpy alone.
 """
 
 import json
@@ -10,15 +10,15 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from data.encoders import Encoder, EncoderInput, build_encoder
 from data.files import cannot_write, exclusive, json_sha256, replaced_folder
+from data.parquet_features import examples
 from data.processed import PreparedDataset
 from data.schemas import InputError
-from data.text import NO_TEXT
 
 FORMAT_VERSION = 1
 """Of the feature folder; raised whenever its layout or the meaning of its content changes."""
@@ -39,6 +39,8 @@ class FeatureConfig:
         dim: of tfidf_svd: number of features.
         template: of both text encoders: sentences over columns of the item table; None: the source's own.
         path: of file: a .npy (with .keys.txt), .safetensors or .parquet file; see data/encoders/external.py.
+        missing: of file: "error" refuses a file that lacks items, "vector" gives these a row of zeros, marked as
+            missing, for which a model that reads features learns a vector.
         batch_size: of sentence_transformers: texts at a time; does not decide the values.
     """
 
@@ -47,6 +49,7 @@ class FeatureConfig:
     dim: int | None = None
     template: tuple[str, ...] | None = None
     path: str | None = None
+    missing: Literal["error", "vector"] = "error"
     batch_size: int = 256
 
 
@@ -56,16 +59,19 @@ class ItemFeatures:
 
     Attributes:
         values: [N, D] float32, memory-mapped; row i belongs to item_id i.
+        missing: [N] bool, true for items that have nothing to encode: no text, or no row in the user's file. A text
+            encoder has encoded a sentence for them that says so, a file gives them zeros.
         description: what made them (encoder, its settings, template, item_table_hash, num_items, width), and
-            num_missing, the number of items without a text.
+            num_missing, the number of missing items.
     """
 
     values: np.ndarray
+    missing: np.ndarray
     description: dict[str, Any]
 
 
 def load_item_features(dataset: PreparedDataset, config: FeatureConfig) -> ItemFeatures:
-    """The features that a config describes, encoded on first use.
+    """The features that a config describes, encoded on first use; a warning says how many items have none.
 
     Raises:
         InputError: if the encoder, its model or its file is missing or does not fit the items, the template names an
@@ -79,7 +85,16 @@ def load_item_features(dataset: PreparedDataset, config: FeatureConfig) -> ItemF
     if features is None:
         with exclusive(folder):
             features = _read(folder) or _encode(dataset, encoder, template, request, folder)
+    _warn_of_missing(features, dataset)
     return features
+
+
+def _warn_of_missing(features: ItemFeatures, dataset: PreparedDataset) -> None:
+    rows = np.flatnonzero(features.missing).tolist()
+    if rows:
+        what = "text" if features.description["template"] else "row in the file of features"
+        keys = examples([dataset.catalogue.item_keys[row] for row in rows])
+        _logger.warning("%s: %d of %d items have no %s: %s", dataset.name, len(rows), len(features.missing), what, keys)
 
 
 def _request(
@@ -105,6 +120,7 @@ def _read(folder: Path) -> ItemFeatures | None:
         description = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         values = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
         shape = (description["num_items"], description["width"])
+        missing = _read_missing(folder, description)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -115,7 +131,17 @@ def _read(folder: Path) -> ItemFeatures | None:
             "%s is damaged (features of shape %s, expected %s); encoding again", folder, values.shape, shape
         )
         return None
-    return ItemFeatures(values, description)
+    return ItemFeatures(values, missing, description)
+
+
+def _read_missing(folder: Path, description: dict[str, Any]) -> np.ndarray:
+    """[N] bool; ValueError where it is not of the items that the manifest describes."""
+    if not description["num_missing"]:
+        return np.zeros(description["num_items"], dtype=bool)
+    missing = np.load(folder / "missing.npy", allow_pickle=False)
+    if missing.shape != (description["num_items"],) or missing.sum() != description["num_missing"]:
+        raise ValueError(f"missing.npy does not name {description['num_missing']} of {description['num_items']} items")
+    return missing
 
 
 def _encode(
@@ -129,7 +155,9 @@ def _encode(
     texts = [] if template is None else dataset.item_texts(template)
     scratch = folder.with_name(f".{folder.name}.partial")
     try:
-        values = encoder.encode(EncoderInput(dataset.catalogue.item_keys, texts), scratch)
+        items = EncoderInput(dataset.catalogue.item_keys, texts)
+        missing = encoder.missing(items)
+        values = encoder.encode(items, scratch)
         try:
             _check(values, dataset, request)
         except InputError:
@@ -139,10 +167,12 @@ def _encode(
             **request,
             "num_items": len(values),
             "width": values.shape[1],
-            "num_missing": texts.count(NO_TEXT),
+            "num_missing": int(missing.sum()),
         }
         with replaced_folder(folder) as temporary:
             np.save(temporary / "features.npy", values)
+            if description["num_missing"]:
+                np.save(temporary / "missing.npy", missing)
             (temporary / "manifest.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise cannot_write(folder, error) from error

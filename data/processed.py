@@ -44,6 +44,8 @@ class RecDataset(enum.Enum):
     ML_1M = "ml_1m"
     ML_32M = "ml_32m"
     """MovieLens 32M; also reads a local ml-latest-small."""
+    STEAM = "steam"
+    """Reviews and games of Steam, as UCSD collected them."""
     TABLES = "tables"
     """A user's own files."""
     DEMO = "demo"
@@ -270,6 +272,12 @@ def _ml_32m(config: DatasetConfig) -> Source:
     return MovieLens32M()
 
 
+def _steam(config: DatasetConfig) -> Source:
+    from data.sources.steam import Steam
+
+    return Steam()
+
+
 def _tables(config: DatasetConfig) -> Source:
     from data.sources.tables import Tables
 
@@ -288,6 +296,7 @@ _SOURCES: dict[RecDataset, Callable[[DatasetConfig], Source]] = {
     RecDataset.AMAZON_REVIEWS: _amazon_reviews,
     RecDataset.ML_1M: _ml_1m,
     RecDataset.ML_32M: _ml_32m,
+    RecDataset.STEAM: _steam,
     RecDataset.TABLES: _tables,
     RecDataset.DEMO: _demo,
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from data.schemas import InputError
+from data.text import NO_TEXT
 
 if TYPE_CHECKING:
     from data.features import FeatureConfig
@@ -46,6 +47,15 @@ class Encoder(ABC):
 
         Local files count by their content, not by their path.
         """
+
+    def missing(self, items: EncoderInput) -> np.ndarray:
+        """[N] bool, true for items that have nothing to encode.
+
+        Raises:
+            InputError: as for `encode`.
+        """
+        texts = items.texts if self.reads_texts else [""] * len(items.item_keys)
+        return np.array([text == NO_TEXT for text in texts], dtype=bool)
 
     @abstractmethod
     def encode(self, items: EncoderInput, scratch: Path) -> np.ndarray:
@@ -96,7 +106,9 @@ def _file(config: "FeatureConfig") -> Encoder:
 
     if not config.path:
         raise InputError("encoder 'file' needs FeatureConfig.path: a .npy, .safetensors or .parquet file.")
-    return FileEncoder(Path(config.path).expanduser())
+    if config.missing not in ("error", "vector"):
+        raise InputError(f"FeatureConfig.missing expected 'error' or 'vector', got {config.missing!r}.")
+    return FileEncoder(Path(config.path).expanduser(), allow_missing=config.missing == "vector")
 
 
 ENCODERS: dict[str, Callable[["FeatureConfig"], Encoder]] = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.sources.records import check_malformed, line_blocks, parse_record
+from data.sources.records import check_malformed, clean_text, line_blocks, parse_record
 
 if TYPE_CHECKING:
     import polars as pl
@@ -68,15 +67,15 @@ def _item_fields(record: dict[str, Any], root: str) -> tuple[str | float | None,
     brand_in_path, paths = _category_paths(record.get("categories"), root)
     main = max(paths, key=len, default=[])
     others = [" > ".join(path) for path in paths if path is not main]
-    brand = _clean(record.get("brand")) or brand_in_path
+    brand = clean_text(record.get("brand")) or brand_in_path
     price = record.get("price")
     return (
-        _clean(record.get("title")),
+        clean_text(record.get("title")),
         " > ".join(main) or None,
         "; ".join(dict.fromkeys(others)) or None,
         None if brand is None or brand.lower() == "unknown" else brand,
         float(price) if isinstance(price, int | float) else None,
-        _clean(record.get("description")),
+        clean_text(record.get("description")),
     )
 
 
@@ -93,7 +92,7 @@ def _category_paths(categories: Any, root: str) -> tuple[str | None, list[list[s
     rooted: list[list[str]] = []
     foreign: list[list[str]] = []
     for names in nested:
-        path = [name for name in map(_clean, names) if name]
+        path = [name for name in map(clean_text, names) if name]
         starts = [index for index, name in enumerate(path) if name == root]
         if not starts:
             foreign.append(path)
@@ -102,10 +101,3 @@ def _category_paths(categories: Any, root: str) -> tuple[str | None, list[list[s
             brand = brand or path[0]
         rooted += [path[begin:end] for begin, end in pairwise([*starts, len(path)])]
     return brand, rooted or foreign
-
-
-def _clean(text: Any) -> str | None:
-    """Text without HTML entities and line breaks, None where nothing is left."""
-    if not isinstance(text, str):
-        return None
-    return " ".join(html.unescape(text).split()) or None

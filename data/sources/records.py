@@ -5,6 +5,7 @@ A line that cannot be read is skipped and counted; past one percent the file is 
 
 import ast
 import gzip
+import html
 import json
 import logging
 import zlib
@@ -62,6 +63,18 @@ def parse_record(line: bytes | str) -> dict[str, Any] | None:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return None
     return record if isinstance(record, dict) else None
+
+
+def clean_text(text: Any) -> str | None:
+    """Text without HTML entities and line breaks, None where nothing is left or the value is no text."""
+    if not isinstance(text, str):
+        return None
+    return " ".join(html.unescape(whole_characters(text)).split()) or None
+
+
+def whole_characters(text: str) -> str:
+    """The text with characters in place of surrogate pairs, as narrow builds of Python 2 wrote them."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def check_malformed(path: Path, num_malformed: int, num_lines: int) -> None:

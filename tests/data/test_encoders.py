@@ -100,6 +100,20 @@ def test_missing_keys_are_named_and_counted(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["own.npy", "own.safetensors", "own.parquet"])
+def test_missing_keys_are_zeros_where_that_is_asked_for(tmp_path, name):
+    encoder = build_encoder(
+        FeatureConfig(encoder="file", path=str(write(tmp_path / name, KEYS, ROWS)), missing="vector")
+    )
+    items = own(["v", "a", "w", "ü"])
+    assert encoder.missing(items).tolist() == [True, False, True, False]
+    assert encoder.encode(items, tmp_path).tolist() == [[0.0, 0.0], [1.0, 2.0], [0.0, 0.0], [5.0, 6.0]]
+    with pytest.raises(InputError, match="lacks 2 of the 2 items: 'v', 'w'"):
+        encoder.encode(own(["v", "w"]), tmp_path)
+    with pytest.raises(InputError, match=r"FeatureConfig\.missing expected 'error' or 'vector', got 'zero'"):
+        build_encoder(FeatureConfig(encoder="file", path="own.npy", missing="zero"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["own.npy", "own.safetensors", "own.parquet"])
 def test_repeated_keys_are_named(tmp_path, name):
     encoder = FileEncoder(write(tmp_path / name, ["a", "b", "a"], ROWS))
     with pytest.raises(InputError, match="1 rows repeat a key that was there before: 'a'"):

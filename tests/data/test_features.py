@@ -99,6 +99,7 @@ def test_features_are_encoded_once_and_mapped(tmp_path, counting):
     assert isinstance(again.values, np.memmap)
     assert again.values.dtype == np.float32
     assert first.values.tolist() == again.values.tolist() == [[4.0], [10.0], [float(len(NO_TEXT))]]
+    assert first.missing.tolist() == again.missing.tolist() == [False, False, True]
     assert first.description == again.description
     description = {**first.description}
     assert description.pop("item_table_hash") == dataset.item_table_hash
@@ -165,6 +166,49 @@ def test_not_a_number_names_the_items_and_stores_nothing(tmp_path, counting, mon
     assert not list((tmp_path / "out" / "features").rglob("*.npy"))
     monkeypatch.setattr(CountingEncoder, "value", 1.0)
     assert load_item_features(dataset, counting).values[1].tolist() == [5.0]
+
+
+def test_items_that_a_file_lacks_are_marked_and_told_of_every_time(tmp_path, caplog):
+    dataset = prepare(tmp_path, ["Tent", "Lamp", "Pan", "Pot"])
+    np.save(tmp_path / "own.npy", np.ones((2, 3), dtype=np.float16))
+    (tmp_path / "own.keys.txt").write_text("i3\ni1\n")
+    own = FeatureConfig(encoder="file", path=str(tmp_path / "own.npy"), missing="vector")
+    for _ in range(2):
+        caplog.clear()
+        features = load_item_features(dataset, own)
+        assert features.missing.tolist() == [True, False, True, False]
+        assert features.values.tolist() == [[0.0] * 3, [1.0] * 3, [0.0] * 3, [1.0] * 3]
+        assert features.description["num_missing"] == 2
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "shop: 2 of 4 items have no row in the file of features: 'i0', 'i2'"
+        ]
+    with pytest.raises(InputError, match=r"lacks 2 of the 4 items: 'i0', 'i2'\. .*FeatureConfig\.missing = 'vector'"):
+        load_item_features(dataset, FeatureConfig(encoder="file", path=str(tmp_path / "own.npy")))
+
+
+@pytest.mark.parametrize("damage", ["gone", "other items"])
+def test_damaged_marks_of_missing_items_are_made_again(tmp_path, counting, damage, caplog):
+    dataset = prepare(tmp_path, ["Tent", None, "Pan"])
+    load_item_features(dataset, counting)
+    assert "shop: 1 of 3 items have no text: 'i1'" in caplog.text
+    (path,) = (tmp_path / "out" / "features").rglob("missing.npy")
+    if damage == "gone":
+        path.unlink()
+    else:
+        np.save(path, np.array([True, True, False]))
+    assert load_item_features(dataset, counting).missing.tolist() == [False, True, False]
+    assert CountingEncoder.calls == 2
+
+
+def test_features_of_before_items_could_be_missing_are_read(tmp_path, counting):
+    """Their folders hold the same files, so that nothing is encoded again."""
+    dataset = prepare(tmp_path, ["Tent", "Lamp", "Pan"])
+    load_item_features(dataset, counting)
+    (manifest,) = (tmp_path / "out" / "features").rglob("manifest.json")
+    assert sorted(path.name for path in manifest.parent.iterdir()) == ["features.npy", "manifest.json"]
+    assert "missing" not in json.loads(manifest.read_text())
+    assert not load_item_features(dataset, counting).missing.any()
+    assert CountingEncoder.calls == 1
 
 
 def test_an_unwritable_store_is_one_clear_error(tmp_path, counting):
