@@ -19,9 +19,9 @@ from data.processed import DatasetConfig, load_dataset
 from data.schemas import Catalogue, ItemFilter, Ranges
 from data.sources.demo import OracleRanker
 from data.sources.demo_world import DemoWorld
-from evaluate import EvaluationProtocol
 from evaluation.table import format_metrics
 from modules.artifact import ModelArtifact, load_model_artifact
+from tasks.protocol import EvaluationProtocol
 from tasks.retrieval import RetrievalTask
 from training.cli import main as train_main
 from training.cli import run_cli
@@ -69,7 +69,7 @@ def protocol_of(artifact: ModelArtifact) -> EvaluationProtocol:
 def show_semantic_ids(artifact: ModelArtifact) -> None:
     """Neighbours in id order: items that share codes should be alike."""
     heading("Semantic ids: items next to each other in id order share their first codes")
-    ids, catalogue = artifact.tokenizer.semantic_ids, artifact.tokenizer.catalogue
+    ids, catalogue = artifact.tokenizer_for("the demo").semantic_ids, artifact.catalogue
     order = sorted(range(len(catalogue)), key=lambda item_id: ids[item_id].tolist())
     for item_id in order[200:212]:
         print(f"  {tuple(ids[item_id].tolist())!s:22} {catalogue.display_name(item_id)}")
@@ -115,7 +115,7 @@ def shown(key: str) -> bool:
 def show_recommendations(protocol: EvaluationProtocol, artifact: ModelArtifact) -> None:
     """What five shoppers bought, what is recommended to them, and what they really bought next."""
     heading("Five shoppers: last purchases, recommendations, and (*) what they really bought next")
-    test, catalogue = protocol.split.test, artifact.tokenizer.catalogue
+    test, catalogue = protocol.split.test, artifact.catalogue
     few = Ranges(
         *(column[:: len(test) // NUM_SHOPPERS][:NUM_SHOPPERS] for column in (test.rows, test.begins, test.ends))
     )

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/demo                                  # test split, with popularity and ItemKNN
     python evaluate.py runs/beauty --split valid --json valid.json
+    python evaluate.py runs/liger --mode generative dense hybrid@20 hybrid@100 --beam-width 100    # one table
     python evaluate.py runs/beauty --ranks ranks.safetensors      # per-user ranks, to compare models pairwise
     torchrun --nproc_per_node 4 evaluate.py runs/beauty           # shared by 4 processes, the same numbers
 
@@ -17,125 +18,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help is quick
     import torch
-    from torch import Tensor
 
     from data.processed import DatasetConfig, PreparedDataset
-    from data.schemas import Ranges, Split
-    from evaluation.processes import Processes
-    from evaluation.ranker import Ranker
-    from modules.tokenizer.tokenizer import SemanticIdTokenizer
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationProtocol:
-    """How rankers are evaluated on a dataset; training and evaluate.py share it, so that their numbers agree.
-
-    Attributes:
-        dataset: what is ranked.
-        split: which targets are held out.
-        cold: [N] bool, items that no training range contains.
-        max_history: items that rankers are given of a history, the last ones.
-        exclude_seen: take the items of the history out, for every ranker.
-    """
-
-    dataset: PreparedDataset
-    split: Split
-    cold: Tensor
-    max_history: int
-    exclude_seen: bool
-
-    @classmethod
-    def of(
-        cls, dataset: PreparedDataset, split_name: str, *, max_history: int, exclude_seen: bool | None = None
-    ) -> EvaluationProtocol:
-        """The protocol of a stored split; with exclude_seen None, seen items are out where training repeats none."""
-        from data.batching import cold_items
-        from evaluation.training_items import never_repeats
-
-        split = dataset.split(split_name)
-        if exclude_seen is None:
-            exclude_seen = never_repeats(dataset.histories, split.train)
-        cold = cold_items(dataset.histories, split, len(dataset.catalogue))
-        return cls(dataset, split, cold, max_history, exclude_seen)
-
-    def describe(self) -> str:
-        """One line for the head of a table."""
-        seen = "excluded" if self.exclude_seen else "allowed"
-        return f"{self.dataset.name}, {self.split.name}: {len(self.cold):,} items ranked, seen items {seen}"
-
-    def baselines(self) -> list[Ranker]:
-        """Popularity and ItemKNN, fitted on the training ranges."""
-        from evaluation.baselines import ItemKNNRanker, PopularityRanker
-
-        fitted = (self.dataset.histories, self.split.train, len(self.cold))
-        return [PopularityRanker.fit(*fitted), ItemKNNRanker.fit(*fitted)]
-
-    def evaluate(
-        self,
-        rankers: Sequence[Ranker],
-        role: str,
-        *,
-        batch_size: int = 256,
-        max_users: int | None = None,
-        seed: int = 0,
-        ranks_path: Path | None = None,
-        progress: bool = False,
-        processes: Processes | None = None,
-    ) -> dict[str, float]:
-        """Metrics of rankers side by side.
-
-        Args:
-            rankers: with distinct names.
-            role: "valid" or "test".
-            batch_size: histories ranked at once.
-            max_users: evaluate on that many users, drawn once by `seed`; None takes all.
-            seed: of that draw.
-            ranks_path: file for the per-user ranks; None saves none.
-            progress: show a bar per ranker on stderr.
-            processes: share the users, each calling this method; None leaves all of them to this process.
-
-        Raises:
-            InputError: if max_users is not positive, or as for `evaluation.evaluator.evaluate_rankers`.
-        """
-        from data.batching import evaluation_batches
-        from evaluation.evaluator import evaluate_rankers
-        from evaluation.processes import ALONE
-
-        ranges = _drawn(self.split.role(role), max_users, seed)
-        return evaluate_rankers(
-            rankers,
-            lambda: evaluation_batches(
-                self.dataset.histories, ranges, max_history=self.max_history, batch_size=batch_size
-            ),
-            cold=self.cold,
-            split=role,
-            exclude_seen=self.exclude_seen,
-            rows=ranges.rows,
-            ranks_path=ranks_path,
-            progress=progress,
-            processes=processes or ALONE,
-        )
-
-
-def _drawn(ranges: Ranges, max_users: int | None, seed: int) -> Ranges:
-    """At most max_users of the ranges, in their order."""
-    import torch
-
-    from data.schemas import InputError, Ranges
-
-    if max_users is not None and max_users < 1:
-        raise InputError(f"expected at least 1 user to evaluate on, or None for all, got max_users = {max_users}.")
-    if max_users is None or max_users >= len(ranges):
-        return ranges
-    order = torch.randperm(len(ranges), generator=torch.Generator().manual_seed(seed))
-    chosen = order[:max_users].sort().values
-    return Ranges(ranges.rows[chosen], ranges.begins[chosen], ranges.ends[chosen])
+    from modules.artifact import ModelArtifact
 
 
 def main(argv: Sequence[str]) -> int:
@@ -148,6 +39,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from evaluation.processes import Processes
     from evaluation.table import format_metrics
     from modules.artifact import load_model_artifact
+    from tasks.protocol import EvaluationProtocol
     from training.processes import leave_together, process_state
 
     for option, path in (("--json", args.json), ("--ranks", args.ranks)):
@@ -155,14 +47,18 @@ def evaluate(args: argparse.Namespace) -> int:
     state = process_state()
     processes = Processes(state.process_index, state.num_processes)
     artifact = load_model_artifact(args.artifact, device=usable_device(args.device or str(state.device)))
-    check_catalogue_unchanged(artifact.tokenizer)
-    ranker = artifact.make_ranker(beam_width=args.beam_width, batch_size=args.batch_size)
+    check_catalogue_unchanged(artifact)
+    rankers = artifact.make_rankers(args.mode, beam_width=args.beam_width, batch_size=args.batch_size)
     config = dataset_config(artifact.manifest, root=args.dataset_root, raw_dir=args.raw_dir)
     dataset = matching_dataset(config, artifact.manifest)
     exclude_seen = artifact.manifest.get("exclude_seen") if args.exclude_seen is None else args.exclude_seen
-    protocol = EvaluationProtocol.of(dataset, config.split, max_history=ranker.max_history, exclude_seen=exclude_seen)
+    protocol = EvaluationProtocol.of(
+        dataset, config.split, max_history=rankers[0].max_history, exclude_seen=exclude_seen
+    )
+    names = [ranker.name for ranker in rankers]
+    baselines = [ranker for ranker in protocol.baselines() if ranker.name not in names] if args.baselines else []
     metrics = protocol.evaluate(
-        [ranker, *(protocol.baselines() if args.baselines else [])],
+        [*rankers, *baselines],
         args.split,
         batch_size=args.batch_size,
         ranks_path=args.ranks,
@@ -178,7 +74,9 @@ def evaluate(args: argparse.Namespace) -> int:
             "num_items": len(protocol.cold),
             "exclude_seen": protocol.exclude_seen,
             "max_history": protocol.max_history,
-            "beam_width": ranker.beam_width,
+            "beam_width": next((ranker.beam_width for ranker in rankers if hasattr(ranker, "beam_width")), None),
+            "system": artifact.system,
+            "rankers": names,
         }
         processes.on_main(lambda: write_json(args.json, {"about": about, **metrics}))
     leave_together()
@@ -193,6 +91,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     parser.add_argument("artifact", metavar="RUN_OR_ARTIFACT", help="run folder, model artifact or Hub id")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="which users' targets (test)")
+    parser.add_argument(
+        "--mode",
+        nargs="+",
+        default=[],
+        metavar="M",
+        help="generative, dense, hybrid@20, hybrid@100, hybrid@all, ..., in one table (the artifact's own)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here")
     parser.add_argument("--ranks", type=Path, metavar="FILE", help="write every user's rank here, as safetensors")
     parser.add_argument("--baselines", action=switch, default=True, help="popularity and ItemKNN as well (yes)")
@@ -248,15 +153,15 @@ def usable_device(name: str | None) -> torch.device:
         raise InputError(f"--device {name} cannot be used: {reason}. Try --device cpu.") from error
 
 
-def check_catalogue_unchanged(tokenizer: SemanticIdTokenizer) -> None:
+def check_catalogue_unchanged(artifact: ModelArtifact) -> None:
     """InputError where items were added or removed since training: the data set has neither."""
     from data.schemas import InputError
 
-    if tokenizer.catalogue_version > 1:
+    if artifact.catalogue_version > 1:
         raise InputError(
-            f"the artifact's catalogue was changed after training (version {tokenizer.catalogue_version}, "
-            f"{tokenizer.num_items} items), so its lists cannot be compared on the data set that it was trained on. "
-            "Evaluate the artifact as training wrote it."
+            f"the artifact's catalogue was changed after training (version {artifact.catalogue_version}, "
+            f"{len(artifact.catalogue)} items), so its lists cannot be compared on the data set that it was trained "
+            "on. Evaluate the artifact as training wrote it."
         )
 
 

@@ -2,6 +2,7 @@
 
     python recommend.py runs/demo/decoder --history KEY KEY
     python recommend.py runs/beauty --input histories.jsonl --output recommended.jsonl --format json --top-k 20
+    python recommend.py runs/liger --mode hybrid@20 --history KEY KEY
     torchrun --nproc_per_node 4 recommend.py runs/beauty --input histories.jsonl --output recommended.jsonl
 
 One line of the input is {"user": ..., "history": [item_key, ...]}, oldest item first; one line of the JSON output is
@@ -57,6 +58,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--exclude-seen", action="store_true", help="leave out the items of the history itself")
     parser.add_argument("--allow", type=Path, metavar="FILE", help="recommend only these items, one key per line")
     parser.add_argument("--deny", type=Path, metavar="FILE", help="recommend none of these items, one key per line")
+    parser.add_argument(
+        "--mode", metavar="M", help="generative, dense, hybrid@20, hybrid@all, ... (the artifact's own)"
+    )
     parser.add_argument("--beam-width", type=positive_int, metavar="W", help="beams per history (the artifact's own)")
     parser.add_argument(
         "--batch-size", type=positive_int, default=256, metavar="B", help="lines read and ranked at once (256)"
@@ -80,7 +84,11 @@ def recommend(args: argparse.Namespace) -> int:
     allow, deny = read_item_keys(args.allow), read_item_keys(args.deny)
     with plain_warnings():
         recommender = Recommender.from_pretrained(
-            args.artifact, device=own_device(args, share), beam_width=args.beam_width, batch_size=args.batch_size
+            args.artifact,
+            device=own_device(args, share),
+            beam_width=args.beam_width,
+            batch_size=args.batch_size,
+            mode=args.mode,
         )
         answerer = Answerer(recommender, args.top_k, args.format, args.exclude_seen, allow, deny)
         if args.input is None:
@@ -202,20 +210,21 @@ def identity(answerer: Answerer, args: argparse.Namespace, share: Share) -> dict
 
     artifact = answerer.recommender.artifact
     assert artifact is not None  # from_pretrained
-    tokenizer = artifact.tokenizer
-    catalogue = json_sha256([tokenizer.content_hash, tokenizer.catalogue.titles])
+    catalogue = artifact.catalogue
+    ids = catalogue.item_keys if artifact.tokenizer is None else artifact.tokenizer.content_hash
     return {
         "input": file_sha256(args.input),
         "model": json_sha256(artifact.manifest),
-        "catalogue": catalogue,
+        "catalogue": json_sha256([ids, catalogue.titles]),
         "top_k": args.top_k,
         "format": args.format,
         "exclude_seen": args.exclude_seen,
         "allow": None if args.allow is None else file_sha256(args.allow),
         "deny": None if args.deny is None else file_sha256(args.deny),
+        "ranker": answerer.recommender.ranker.name,
         "beam_width": args.beam_width,
         "batch_size": args.batch_size,
-        "device": next(artifact.model.parameters()).device.type,
+        "device": artifact.device.type,
         "num_processes": share.num_processes,
     }
 

@@ -330,20 +330,27 @@ def pull(args: argparse.Namespace) -> int:
 
 def load_tokenizer(place: str, *, revision: str | None = None) -> SemanticIdTokenizer:
     """The tokenizer of an artifact, a model artifact or a run, all of them a folder or a Hub id (InputError)."""
+    from data.schemas import InputError
+    from modules import artifact
+    from modules.tokenizer import stored
     from modules.tokenizer.hub import resolve_folder
     from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
     folder = resolve_folder(place, revision=revision)
     inside = (folder / "model", folder / "tokenizer", folder / "model" / "tokenizer")
-    return SemanticIdTokenizer.from_pretrained(next(filter(_is_tokenizer, (folder, *inside)), folder))
+    found = [path for path in (folder, *inside) if _kind(path) == stored.KIND]
+    if not found and artifact.KIND in (_kind(folder), _kind(folder / "model")):
+        raise InputError(
+            f"{folder} holds a model without semantic ids. Give the run or the artifact of one that works on them."
+        )
+    return SemanticIdTokenizer.from_pretrained(found[0] if found else folder)
 
 
-def _is_tokenizer(folder: Path) -> bool:
-    """Whether a folder says of itself that it is a tokenizer artifact."""
+def _kind(folder: Path) -> str | None:
+    """What an artifact in a folder says of itself that it is."""
     from modules.tokenizer.artifact_folder import MANIFEST, read_json
-    from modules.tokenizer.stored import KIND
 
-    return (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("kind") == KIND
+    return read_json(folder / MANIFEST).get("kind") if (folder / MANIFEST).is_file() else None
 
 
 if __name__ == "__main__":

@@ -56,6 +56,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="where the artifact is saved as its items change")
     parser.add_argument("--text-model", type=Path, metavar="FOLDER", help="the artifact's local sentence-transformer")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    parser.add_argument(
+        "--mode", metavar="M", help="generative, dense, hybrid@20, hybrid@all, ... (the artifact's own)"
+    )
     parser.add_argument("--beam-width", type=positive_int, metavar="W", help="beams per history (the artifact's own)")
     parser.add_argument("--max-batch", type=positive_int, default=64, metavar="B", help="histories per batch (64)")
     parser.add_argument("--max-wait-ms", type=float, default=2.0, metavar="MS", help="wait for a fuller batch (2)")
@@ -90,16 +93,17 @@ def build_server(args: argparse.Namespace, settings: Settings) -> uvicorn.Server
     from serving.service import RecommendService
 
     recommender = Recommender.from_pretrained(
-        args.artifact, device=args.device, beam_width=args.beam_width, batch_size=args.max_batch
+        args.artifact, device=args.device, beam_width=args.beam_width, batch_size=args.max_batch, mode=args.mode
     )
     if args.save is not None and not args.save.exists():
         recommender.save_pretrained(args.save)  # what cannot be written is found out now, and a restart finds it
     assert recommender.artifact is not None  # from_pretrained gives one
-    features = recommender.artifact.tokenizer.manifest.get("features", {})
+    tokenizer = recommender.artifact.tokenizer
+    features = {} if tokenizer is None else tokenizer.manifest.get("features", {})
     service = RecommendService(
         recommender, save_to=args.save, encode_texts=NewItemEncoder.of(features, args.text_model)
     )
-    print(f"{service.num_items:,} items of {args.artifact}", file=sys.stderr)
+    print(f"{service.num_items:,} items of {args.artifact}, ranked by {service.mode}", file=sys.stderr)
     config = uvicorn.Config(
         create_app(service, settings),
         log_level="warning",

@@ -73,7 +73,7 @@ def trained_parts(arguments: Any, device: str) -> tuple[dict[str, Any], list[Seq
         max_history=max_history,
         batch_size=BATCH_SIZE,
     )
-    parts = {"model": artifact.model, "tokenizer": artifact.tokenizer, "max_history": max_history}
+    parts = {"model": artifact.model, "tokenizer": artifact.tokenizer_for("beam search"), "max_history": max_history}
     return parts, list(batches), dataset.name
 
 

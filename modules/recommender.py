@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.schemas import NO_ITEM, Catalogue, InputError, ItemFilter, SeqBatch, user_hashes
 from modules.artifact import ModelArtifact, load_model_artifact
+from modules.catalogue_changes import with_items, without_items
 from modules.feature_rows import FeatureMatrix
 from modules.item_lists import ItemKeys, ItemLists, first_few, warn_of_unknown_keys
 from modules.similar_items import similar_items
@@ -18,6 +19,8 @@ from modules.tokenizer.tokenizer import SemanticIdTokenizer
 
 class _Ranks(Protocol):
     """What is used here of `evaluation.ranker.Ranker`, which lies above this room."""
+
+    name: str
 
     def rank(self, histories: SeqBatch, k: int, allowed: ItemFilter | None = None) -> tuple[Tensor, Tensor]: ...
 
@@ -79,6 +82,7 @@ class Recommender:
         device: torch.device | str | None = None,
         beam_width: int | None = None,
         batch_size: int | None = None,
+        mode: str | None = None,
     ) -> "Recommender":
         """A recommender from a model artifact.
 
@@ -87,15 +91,17 @@ class Recommender:
             device: where the model runs; None takes a GPU if there is one.
             beam_width: instead of the artifact's own.
             batch_size: histories ranked at once; None takes the ranker's default.
+            mode: of retrieval, for models that have several: "generative", "dense", "hybrid@20", ...; None takes the
+                artifact's own.
 
         Raises:
-            InputError: if the artifact is missing, damaged or of another format.
+            InputError: if the artifact is missing, damaged or of another format, or its model has no such mode or beam.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         artifact = load_model_artifact(folder_or_hub_id, device=device)
-        ranker = artifact.make_ranker(beam_width=beam_width, batch_size=batch_size)
-        return cls(ranker, artifact.tokenizer.catalogue, artifact=artifact)
+        ranker = artifact.make_ranker(mode=mode, beam_width=beam_width, batch_size=batch_size)
+        return cls(ranker, artifact.catalogue, artifact=artifact)
 
     def __contains__(self, item_key: object) -> bool:
         """Whether histories may have the item; removed ones are still known."""
@@ -103,7 +109,7 @@ class Recommender:
 
     def is_available(self, item_key: str) -> bool:
         """Whether an item of the catalogue may be recommended, which removed ones may not."""
-        available = None if self.artifact is None else self.artifact.tokenizer.available
+        available = None if self.artifact is None else self.artifact.available
         return available is None or bool(available[self._item_ids[item_key]])
 
     def display_name(self, item_key: str) -> str:
@@ -112,7 +118,7 @@ class Recommender:
 
     def semantic_id(self, item_key: str) -> tuple[int, ...]:
         """Codes of an item of the catalogue; where the tokenizer adds dedup codes, that is the last."""
-        return tuple(self._tokenizer().semantic_ids[self._item_ids[item_key]].tolist())
+        return tuple(self._tokenizer("semantic_id").semantic_ids[self._item_ids[item_key]].tolist())
 
     def recommend(
         self,
@@ -130,7 +136,8 @@ class Recommender:
 
         Args:
             histories: item keys per user, oldest first.
-            k: items per list; a list is shorter, and not `complete`, only where fewer items may be listed.
+            k: items per list; a list is shorter, and not `complete`, only where fewer items may be listed, or a ranker
+                that looks at a few candidates alone (hybrid@K) has fewer.
             users: user key per history, for models that read a user token; None, in whole or in part, is the unknown
                 user, whose hash is 0.
             exclude_seen: leave out the items of the history itself.
@@ -170,7 +177,7 @@ class Recommender:
             InputError: if a key is unknown, k is below 1, or the recommender has no artifact, or one whose ids were
                 imported without a quantizer.
         """
-        tokenizer = self._tokenizer()
+        tokenizer = self._tokenizer("similar_items")
         _check_k(k)
         if isinstance(item_keys, str):
             raise InputError(f"expected a list of item keys, got the string {item_keys!r}. Write [{item_keys!r}].")
@@ -197,16 +204,17 @@ class Recommender:
         *,
         feature_description: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add items, or put removed ones back, without training; see `SemanticIdTokenizer.with_items`.
+        """Add items, or put removed ones back, without training; see `modules.catalogue_changes.with_items`.
 
         The ids of the other items stay. Nothing is written: see `save_pretrained`.
 
         Raises:
-            InputError: as `SemanticIdTokenizer.with_items`, or if the recommender has no artifact that can change;
-                nothing has changed then.
+            InputError: as `modules.catalogue_changes.with_items`, or if the recommender has no artifact that can
+                change; nothing has changed then.
         """
         self._change(
-            self._tokenizer().with_items(
+            with_items(
+                self._artifact(),
                 item_keys,
                 features,
                 titles=titles,
@@ -219,10 +227,10 @@ class Recommender:
         """Recommend some items no more; histories may still have them. Nothing is written: see `save_pretrained`.
 
         Raises:
-            InputError: as `SemanticIdTokenizer.without_items`, or if the recommender has no artifact that can change;
-                nothing has changed then.
+            InputError: as `modules.catalogue_changes.without_items`, or if the recommender has no artifact that can
+                change; nothing has changed then.
         """
-        self._change(self._tokenizer().without_items(item_keys))
+        self._change(without_items(self._artifact(), item_keys))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model artifact with its catalogue of now, whole or not at all.
@@ -239,21 +247,21 @@ class Recommender:
             )
         return self.artifact
 
-    def _tokenizer(self) -> SemanticIdTokenizer:
-        return self._artifact().tokenizer
+    def _tokenizer(self, purpose: str) -> SemanticIdTokenizer:
+        return self._artifact().tokenizer_for(purpose)
 
-    def _change(self, tokenizer: SemanticIdTokenizer) -> None:
-        """Put another version of the tokenizer in the place of the one there is."""
-        if tokenizer is self._tokenizer():
+    def _change(self, artifact: ModelArtifact) -> None:
+        """Put the artifact of another version of the catalogue in the place of the one there is."""
+        if artifact is self.artifact:
             return
-        artifact, refresh = self._artifact(), getattr(self.ranker, "refresh", None)
+        refresh = getattr(self.ranker, "refresh", None)
         if refresh is None:
             raise InputError(f"the ranker {type(self.ranker).__name__} cannot change its catalogue. Load it again.")
-        refresh(tokenizer)
-        added = tokenizer.catalogue.item_keys[len(self.catalogue) :]
-        new_ids = range(len(self.catalogue), len(tokenizer.catalogue))
-        self.artifact = replace(artifact, tokenizer=tokenizer)
-        self.catalogue = tokenizer.catalogue
+        refresh(artifact.tokenizer, artifact.items)
+        added = artifact.catalogue.item_keys[len(self.catalogue) :]
+        new_ids = range(len(self.catalogue), len(artifact.catalogue))
+        self.artifact = artifact
+        self.catalogue = artifact.catalogue
         self._item_ids.update(zip(added, new_ids, strict=True))  # last: who looks up a key finds all of the item
 
     def _at_most(self, k: int) -> int:

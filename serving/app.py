@@ -90,6 +90,7 @@ class Handlers:
         alive = self.batcher.alive
         content = {
             "status": "ok" if alive else "stopping",
+            "mode": self._service.mode,
             "num_items": self._service.num_items,
             "catalogue_version": self._service.catalogue_version,
         }

@@ -28,6 +28,9 @@ MAX_SHOWN_PROBLEMS = 10
 LOCK_PATIENCE = 10.0
 """Seconds; others look at a lock by taking it for a moment."""
 
+_ALWAYS_ONCE = {"ranker": "generative"}
+"""What every run was asked for before there was a choice, which its part does not name."""
+
 
 @dataclass(frozen=True)
 class BlockRecord:
@@ -201,7 +204,7 @@ def _prepare(folder: Path, rank: int, identity: dict[str, Any], output: Path, *,
         _check_identity(folder / f"{rank}.json", identity, output)
     else:
         _remove_files(folder, rank)
-        replace_file(folder / f"{rank}.json", json.dumps(identity, indent=2))
+    replace_file(folder / f"{rank}.json", json.dumps(identity, indent=2))
 
 
 def parts_folder(output: Path) -> Path:
@@ -283,7 +286,7 @@ def _records(path: Path) -> Iterator[tuple[BlockRecord, int]]:
 
 def _check_identity(path: Path, identity: dict[str, Any], output: Path) -> None:
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = _ALWAYS_ONCE | json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         earlier = {}
     other = [f"{name} was {earlier.get(name)!r}, now {value!r}" for name, value in identity.items()

@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 
 from data.schemas import Catalogue, InputError
+from modules.artifact import ModelArtifact
 from modules.recommender import RankedList, Recommender
-from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from serving.requests import ItemsBody, NewItem, RecommendBody, RequestError
 
 EncodeTexts = Callable[[Sequence[dict[str, str]]], np.ndarray]
 """[M, D] float32 features from M items' text fields; InputError where that is not possible."""
 
 Content = dict[str, Any]
+
+_WIDTH = 32
+"""Items that are listed at least, before a list is cut to its length, by rankers without beams."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,18 @@ class RecommendService:
     @property
     def num_items(self) -> int:
         """Items that can be recommended."""
-        available = self._tokenizer().available
+        available = self._artifact().available
         return len(self._recommender.catalogue) if available is None else int(available.sum())
 
     @property
     def catalogue_version(self) -> int:
         """Grows by one with every change of the catalogue."""
-        return self._tokenizer().manifest.get("catalogue_version", 1)
+        return self._artifact().catalogue_version
+
+    @property
+    def mode(self) -> str:
+        """Name of the ranker that answers."""
+        return self._recommender.ranker.name
 
     def answer(self, queries: Sequence[RecommendBody]) -> list[Content | Exception]:
         """The content of every query's response, or the error that it ends in.
@@ -139,8 +147,12 @@ class RecommendService:
         """What the batcher's thread shall run for `POST /items`; features are got ready here.
 
         Raises:
-            RequestError: if they cannot be.
+            RequestError: if they cannot be, or the model's items cannot change.
         """
+        try:
+            self._artifact().tokenizer_for("changing items")
+        except InputError as error:
+            raise RequestError(422, "add" if body.remove is None else "remove", str(error)) from error
         if body.add is None:
             return lambda: self.remove(body.remove or [])
         items, features = body.add, self.features(body.add)
@@ -171,7 +183,7 @@ class RecommendService:
 
     def _width(self, k: int) -> int:
         """The ranker's beam width, or for longer lists one of a few: on a GPU every width is recorded by itself."""
-        width = getattr(self._recommender.ranker, "beam_width", k)
+        width = getattr(self._recommender.ranker, "beam_width", _WIDTH)
         return width if k <= width else 1 << (k - 1).bit_length()
 
     def _rows(self, query: RecommendBody) -> list[_Row]:
@@ -205,13 +217,16 @@ class RecommendService:
         return {"items": items, "complete": len(items) == k, "unknown": row.unknown}
 
     def _item(self, item_key: str, title: str) -> Content:
-        codes = list(self._recommender.semantic_id(item_key))
-        return {"item_key": item_key, "title": title, "semantic_id": codes}
+        """With its semantic id, where the model has such."""
+        item: Content = {"item_key": item_key, "title": title}
+        if self._artifact().tokenizer is not None:
+            item["semantic_id"] = list(self._recommender.semantic_id(item_key))
+        return item
 
-    def _tokenizer(self) -> SemanticIdTokenizer:
+    def _artifact(self) -> ModelArtifact:
         artifact = self._recommender.artifact
         assert artifact is not None  # from_pretrained gives one
-        return artifact.tokenizer
+        return artifact
 
     def _encoded(self, texts: Sequence[dict[str, str]]) -> np.ndarray:
         if self._encode_texts is None:

@@ -13,12 +13,26 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
+from data.batching import cold_items
 from data.processed import DatasetConfig, RecDataset, TablesConfig, find_prepared, load_dataset
 from data.schemas import InputError
 from evaluation.metrics import METRICS
 from modules.artifact import load_model_artifact, save_model_artifact
+from modules.baselines.popularity import PopularityRanker
+from modules.item_table import ItemTable
+from modules.item_tower import ItemInputConfig
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
-from tests.tiny_dataset import MODEL_SIZES, NUM_COLD_TEST, NUM_USERS, random_tokenizer, walks, write_interactions
+from modules.sequential.sasrec import SASRec, SASRecConfig
+from tasks.protocol import EvaluationProtocol
+from tests.tiny_dataset import (
+    MODEL_SIZES,
+    NUM_COLD_TEST,
+    NUM_ITEMS,
+    NUM_USERS,
+    random_tokenizer,
+    walks,
+    write_interactions,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -138,10 +152,109 @@ def test_processes_share_an_evaluation_and_every_one_gets_what_one_alone_would(r
     assert "could not be written" in second["ranked"]["unwritable"] == first["ranked"]["unwritable"]
 
 
+@pytest.fixture(scope="module")
+def liger(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model with a dense head, of the same data; its beams are 5."""
+    config = walks(run_folder / "dataset", run_folder / "log.csv")
+    tokenizer, dataset = random_tokenizer(config), load_dataset(config)
+    cold = cold_items(dataset.histories, dataset.split(config.split), NUM_ITEMS)
+    items = ItemTable(torch.randn(NUM_ITEMS, 4), torch.zeros(NUM_ITEMS, dtype=torch.bool), cold)
+    sizes = RetrievalModelConfig(
+        languages={"text": tokenizer.level_sizes},
+        num_user_buckets=10,
+        items=ItemInputConfig(num_features=4, hidden_dims=(), num_positions=3),
+        embedding_loss_weight=1.0,
+        **MODEL_SIZES,
+    )
+    extra = {"dataset": config.to_dict(), "dataset_manifest_hash": dataset.manifest_hash}
+    settings = {"beam_width": 5, "max_history": 3, "mode": "hybrid@4"}
+    folder = tmp_path_factory.mktemp("liger")
+    model = EncoderDecoderRetrievalModel(sizes)
+    save_model_artifact(folder / "model", model, tokenizer, extra, ranker_settings=settings, items=items)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sequence_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random SASRec of the same data, whose artifact has no tokenizer."""
+    config = walks(run_folder / "dataset", run_folder / "log.csv")
+    dataset = load_dataset(config)
+    extra = {"dataset": config.to_dict(), "dataset_manifest_hash": dataset.manifest_hash}
+    model = SASRec(SASRecConfig(num_items=NUM_ITEMS, d_model=8, max_history=3))
+    folder = tmp_path_factory.mktemp("sasrec")
+    save_model_artifact(folder / "model", model, dataset.catalogue, extra, ranker_settings={}, system="sasrec")
+    return str(folder)
+
+
+def test_modes_stand_in_one_table(liger, tmp_path, capsys):
+    modes = ["generative", "dense", "hybrid@4", "hybrid@20"]
+    path = tmp_path / "m.json"
+    arguments = [liger, "--mode", "generative", "dense", "hybrid@4", "hybrid", "--beam-width", "20"]
+    assert evaluate.main([*arguments, "--json", str(path)]) == 0
+    head = capsys.readouterr().out.splitlines()[1].split()
+    assert [name for name in head if name in (*modes, "popularity", "item_knn")] == [*modes, "popularity", "item_knn"]
+    metrics = json.loads(path.read_text())
+    assert metrics["about"]["rankers"] == modes
+    assert (metrics["about"]["system"], metrics["about"]["beam_width"], metrics["about"]["max_history"]) == (
+        "retrieval",
+        20,
+        3,
+    )
+    assert metrics["generative/test/cold/count"] == metrics["hybrid@4/test/cold/count"] == NUM_COLD_TEST
+    assert evaluate.main([liger, "--no-baselines", "--json", str(path)]) == 0
+    own = json.loads(path.read_text())
+    assert {key.split("/")[0] for key in own} == {"about", "hybrid@4"}
+
+
+def test_a_model_without_semantic_ids_is_evaluated(sequence_run, tmp_path, capsys):
+    path = tmp_path / "m.json"
+    assert evaluate.main([sequence_run, "--json", str(path)]) == 0
+    metrics = json.loads(path.read_text())
+    assert metrics["sasrec/test/all/count"] == NUM_USERS
+    assert (metrics["about"]["system"], metrics["about"]["rankers"], metrics["about"]["beam_width"]) == (
+        "sasrec",
+        ["sasrec"],
+        None,
+    )
+
+
+def test_a_baseline_is_not_put_beside_itself(run_folder, tmp_path, capsys):
+    config = walks(run_folder / "dataset", run_folder / "log.csv")
+    dataset = load_dataset(config)
+    popularity = PopularityRanker.fit(dataset.histories, dataset.split(config.split).train, NUM_ITEMS)
+    extra = {"dataset": config.to_dict(), "dataset_manifest_hash": dataset.manifest_hash}
+    save_model_artifact(
+        tmp_path / "model", popularity, dataset.catalogue, extra, ranker_settings={}, system="popularity"
+    )
+    assert evaluate.main([str(tmp_path)]) == 0
+    head = capsys.readouterr().out.splitlines()[1].split()
+    assert (head.count("popularity"), head.count("item_knn")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "message"),
+    [
+        ("run_folder", ["--mode", "dense"], "dense retrieval needs a model with a dense head"),
+        ("liger", ["--mode", "dense", "hybrid@50"], "hybrid@50 takes the first 50 of only 5 beams. Give --beam-width"),
+        ("liger", ["--mode", "sparse"], "unknown retrieval mode 'sparse'; valid modes: generative, dense, hybrid"),
+        ("liger", ["--mode", "hybrid", "hybrid@20", "--beam-width", "20"], "expected every retrieval mode once"),
+        ("liger", ["--mode", "dense", "--beam-width", "9"], "dense searches no beams, got beam_width 9"),
+        ("sequence_run", ["--mode", "generative"], "a 'sasrec' model ranks in one way and has no retrieval modes"),
+        ("sequence_run", ["--beam-width", "9"], "the ranker of a 'sasrec' model has no beam_width"),
+    ],
+)
+def test_what_a_model_cannot_is_one_line_and_exit_code_2(run, arguments, message, request, capsys):
+    assert evaluate.main([str(request.getfixturevalue(run)), *arguments]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.count("\n") == 1
+    assert message in streams.err
+
+
 def test_an_evaluation_draws_nothing(run_folder):
     """Its numbers depend on no seed, and training goes on behind it as if it had not been."""
     dataset = load_dataset(walks(run_folder / "dataset", run_folder / "log.csv"))
-    protocol = evaluate.EvaluationProtocol.of(dataset, "leave_one_out", max_history=3)
+    protocol = EvaluationProtocol.of(dataset, "leave_one_out", max_history=3)
     rankers = [load_model_artifact(run_folder).make_ranker(), *protocol.baselines()]
     before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     protocol.evaluate(rankers, "valid", max_users=7)
@@ -164,7 +277,7 @@ def test_another_dataset_is_refused(run_folder, tmp_path):
 def test_a_catalogue_that_was_changed_after_training_is_refused(run_folder, tmp_path, capsys):
     artifact = load_model_artifact(run_folder)
     removed = artifact.tokenizer.without_items(artifact.tokenizer.catalogue.item_keys[:1])
-    replace(artifact, tokenizer=removed).save(tmp_path / "model")
+    artifact.with_catalogue(removed).save(tmp_path / "model")
     assert evaluate.main([str(tmp_path / "model")]) == 2
     assert "catalogue was changed after training (version 2" in capsys.readouterr().err
 
@@ -238,7 +351,7 @@ def test_a_prepared_dataset_is_used_although_its_raw_file_has_changed(tmp_path):
 
 def test_a_drawn_part_of_the_users_is_always_the_same(run_folder, tmp_path):
     dataset = load_dataset(walks(run_folder / "dataset", run_folder / "log.csv"))
-    protocol = evaluate.EvaluationProtocol.of(dataset, "leave_one_out", max_history=3)
+    protocol = EvaluationProtocol.of(dataset, "leave_one_out", max_history=3)
     rows = []
     for path in (tmp_path / "a", tmp_path / "b"):
         metrics = protocol.evaluate(protocol.baselines(), "valid", max_users=7, seed=5, ranks_path=path)

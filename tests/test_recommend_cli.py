@@ -18,7 +18,7 @@ from data.schemas import InputError
 from modules.recommender import Recommender
 from serving.answers import Answerer
 from serving.parts import MAX_SHOWN_PROBLEMS
-from tests.modules.tiny_artifact import save_tiny_artifact
+from tests.modules.tiny_artifact import save_tiny_artifact, save_tiny_liger, save_tiny_sasrec
 from tests.serving import recommend_process
 
 REPOSITORY = Path(recommend.__file__).parent
@@ -28,6 +28,13 @@ REPOSITORY = Path(recommend.__file__).parent
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     save_tiny_artifact(folder / "model")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def liger(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("liger")
+    save_tiny_liger(folder / "model")
     return str(folder)
 
 
@@ -324,6 +331,72 @@ def test_a_stopped_run_goes_on_and_nothing_is_ranked_twice(uninterrupted, tmp_pa
     assert reported[8].startswith("22 histories in ")
     assert reported[8].endswith("; 32 were there already")
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
+
+
+def test_a_run_goes_on_only_in_its_mode(liger, lines, tmp_path, monkeypatch, capsys):
+    """Parts that an earlier version of the library wrote name no mode: they are generative."""
+    arguments = [liger, "--input", many_lines(lines, 20), "--format", "json", "--batch-size", "4", "--device", "cpu"]
+    output, told = tmp_path / "out", tmp_path / ".out.part" / "0.json"
+
+    def stopped(mode):
+        with monkeypatch.context() as patched:
+            stop_after(patched, 2)
+            return recommend.main([*arguments, "--mode", mode, "--output", str(output)])
+
+    def changed_line():
+        return next(line for line in capsys.readouterr().err.splitlines() if "was asked for something else" in line)
+
+    assert stopped("dense") == 130
+    assert recommend.main([*arguments, "--output", str(output)]) == 2
+    assert "ranker was 'dense', now 'generative'. Ask for the same" in changed_line()
+    assert recommend.main([*arguments, "--mode", "dense", "--output", str(output)]) == 2  # two lines are of no use
+    assert "going on behind line 8" in capsys.readouterr().err
+    assert stopped("generative") == 130
+    earlier = json.loads(told.read_text())
+    assert earlier.pop("ranker") == "generative"
+    told.write_text(json.dumps(earlier))
+    assert recommend.main([*arguments, "--mode", "hybrid@4", "--output", str(output)]) == 2
+    assert "ranker was 'generative', now 'hybrid@4'" in changed_line()
+    assert recommend.main([*arguments, "--output", str(output)]) == 2
+    assert "going on behind line 8" in capsys.readouterr().err
+
+
+def test_modes_of_one_model(liger, capsys):
+    def lists(*arguments):
+        assert recommend.main([liger, "--history", "item-1", "--format", "json", *arguments]) == 0
+        return [item["item_key"] for item in json.loads(capsys.readouterr().out)["items"]]
+
+    generative, dense = lists(), lists("--mode", "dense")
+    assert dense != generative == lists("--mode", "generative")
+    hybrid = lists("--mode", "hybrid@4")
+    assert {"item-9", "item-10", "item-11"} <= set(hybrid)  # all that are cold, and at most four beams
+    assert len(hybrid) <= 7
+    assert [key for key in lists("--mode", "hybrid@all", "--top-k", "12") if key in hybrid] == hybrid
+
+
+def test_a_model_without_semantic_ids_recommends(tmp_path, lines, capsys):
+    save_tiny_sasrec(tmp_path / "model")
+    output = tmp_path / "out"
+    arguments = [str(tmp_path), "--input", lines(request("u", "item-1")), "--format", "json", "--output", str(output)]
+    assert recommend.main([*arguments, "--device", "cpu"]) == 0
+    assert len(json.loads(output.read_text())["items"]) == 10
+    assert recommend.main([str(tmp_path), "--history", "item-1", "item-2"]) == 0
+    assert capsys.readouterr().out.count("item-") >= 10
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("run_folder", ["--mode", "dense"], "dense retrieval needs a model with a dense head"),
+        ("liger", ["--mode", "hybrid@50"], "hybrid@50 takes the first 50 of only 5 beams. Give --beam-width 50"),
+        ("liger", ["--mode", ""], "unknown retrieval mode ''; valid modes: generative, dense, hybrid"),
+    ],
+)
+def test_modes_that_a_model_has_not_are_one_line_and_exit_code_2(model, arguments, message, request, capsys):
+    assert recommend.main([request.getfixturevalue(model), "--history", "item-1", *arguments]) == 2
+    streams = capsys.readouterr()
+    assert (streams.out, streams.err.count("\n")) == ("", 1)
+    assert message in streams.err
 
 
 def test_restart_begins_anew(uninterrupted, tmp_path, monkeypatch, capsys):

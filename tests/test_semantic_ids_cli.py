@@ -15,7 +15,7 @@ from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from tests.conftest import REPOSITORY
 from tests.modules.hub_server import serve_hub
 from tests.modules.test_tokenizer import snapshot
-from tests.modules.tiny_artifact import save_tiny_artifact, tiny_tokenizer
+from tests.modules.tiny_artifact import save_tiny_artifact, save_tiny_sasrec, tiny_tokenizer
 from tests.tiny_dataset import MODEL_SIZES, NUM_ITEMS, walks, write_interactions
 
 INDEX = '{"0": ["<a_3>", "<b_0>"], "1": ["<a_3>", "<b_12>"], "2": ["<a_3>", "<b_0>"]}'
@@ -86,6 +86,13 @@ def test_artifacts_of_every_kind(tmp_path, place):
     folder = tmp_path / place if place.startswith("run") else tmp_path / "training"
     assert run("export", folder, tmp_path / "ids.parquet") == 0
     assert len(pl.read_parquet(tmp_path / "ids.parquet")) == 12
+
+
+@pytest.mark.parametrize("place", ["", "model"])
+def test_a_model_without_semantic_ids_is_said_to_be_one(tmp_path, capsys, place):
+    save_tiny_sasrec(tmp_path / place)
+    said = refused(capsys, "export", tmp_path, tmp_path / "ids.parquet")
+    assert f"{tmp_path} holds a model without semantic ids" in said
 
 
 def test_import_lists_or_tells_apart(index_file, tmp_path, capsys):

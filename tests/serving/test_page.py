@@ -14,7 +14,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from modules.recommender import Recommender  # noqa: E402
 from serving.service import RecommendService  # noqa: E402
 from tests.browsers import chromium  # noqa: E402
-from tests.modules.tiny_artifact import save_tiny_artifact  # noqa: E402
+from tests.modules.tiny_artifact import save_tiny_artifact, save_tiny_sasrec  # noqa: E402
 from tests.serving.running import running, wait_until  # noqa: E402
 
 MARKUP = '<img src=x onerror="window.hacked=1"><b>Bold</b> "&amp;" \' </script><script>window.hacked=1</script>'
@@ -98,6 +98,8 @@ def test_picking_items_ranks_others(page):
     assert scores == sorted(scores, reverse=True)
     assert all(len(codes.split()) == 3 for codes in page.texts("#ranked .codes"))
     assert page.text("#status").startswith("10 items in ")
+    assert page.text("#legend").startswith("Boxes are the codes of the item's semantic id.")
+    assert page.text("#legend").endswith("Scores are log-likelihoods, bars their likelihood relative to the first.")
     assert page.search.get_attribute("value") == ""
 
 
@@ -137,6 +139,25 @@ def test_titles_are_text_and_never_markup(page):
     page.pick("Title 4")
     assert page.all("main img, main b, main script") == page.all("main > script")
     assert page.browser.execute_script("return window.hacked") is None
+
+
+def test_models_without_semantic_ids_have_no_boxes(browser, tmp_path):
+    save_tiny_sasrec(tmp_path / "model")
+    service = RecommendService(Recommender.from_pretrained(tmp_path / "model", device="cpu"))
+    with running(service) as client:
+        page = Page(browser, client)
+        page.pick("Title 4")
+        wait_until(lambda: len(page.all("#ranked > li")) == 10)
+        assert page.all(".codes") == []
+        assert page.text("#legend") == "Scores are those of the ranker sasrec, bars their share of the first."
+        widths = page.browser.execute_script(
+            "return [...document.querySelectorAll('.gauge div')].map((bar) => parseFloat(bar.style.width))"
+        )
+        scores = [float(text.split()[-1].replace("\u2212", "-")) for text in page.texts("#ranked .score")]
+        expected = [100 * max(score / scores[0], 0) for score in scores]
+        assert widths == pytest.approx(expected, abs=1)
+        assert len(page.texts("#ranked .key")) >= 9  # of all but the one without a title
+        assert page.problems() == []
 
 
 def test_errors_are_shown(page):

@@ -99,6 +99,7 @@ def test_a_token_from_the_environment(run_folder):
         (["--port", "70000"], "expected --port from 0 to 65535, got 70000"),
         (["--save", "tests"], "--save tests exists, and is not the artifact that is served"),
         (["--device", "tpu9", "--port", "0"], "'tpu9'"),
+        (["--mode", "dense", "--port", "0"], "dense retrieval needs a model with a dense head"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run_folder, capsys, arguments, message):

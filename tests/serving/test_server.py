@@ -16,7 +16,7 @@ from modules.recommender import Recommender  # noqa: E402
 from serving.gate import is_loopback_host  # noqa: E402
 from serving.requests import Limits, RecommendBody  # noqa: E402
 from serving.service import RecommendService  # noqa: E402
-from tests.modules.tiny_artifact import save_tiny_artifact  # noqa: E402
+from tests.modules.tiny_artifact import save_tiny_artifact, save_tiny_liger, save_tiny_sasrec  # noqa: E402
 from tests.serving.running import metric, running, wait_until  # noqa: E402
 
 SMALL = Limits(max_body_bytes=20_000, max_histories=4, max_history=5, max_k=20, timeout=5.0)
@@ -49,6 +49,7 @@ class Slow:
     """A service that answers when it is told to."""
 
     num_items = catalogue_version = 1
+    mode = "slow"
 
     def __init__(self):
         self.began, self.release = threading.Event(), threading.Event()
@@ -327,11 +328,50 @@ def test_the_catalogue_lives(artifact, tmp_path):
         assert [item["item_key"] for item in client.get("/items?query=new").content["items"]] == ["new-0"]
         assert client.get("/items?query=item-2").content["items"] == []
         assert metric(client, "recommender_items") == 12
-        assert client.get("/healthz").content == {"status": "ok", "num_items": 12, "catalogue_version": 3}
+        assert client.get("/healthz").content == {
+            "status": "ok",
+            "mode": "generative",
+            "num_items": 12,
+            "catalogue_version": 3,
+        }
         in_memory = client.post("/recommend", {"history": ["item-2", "new-1"], "k": 12}).content
     saved = RecommendService(Recommender.from_pretrained(tmp_path / "grown", device="cpu"))
     with running(saved) as client:
         assert client.post("/recommend", {"history": ["item-2", "new-1"], "k": 12}).content == in_memory
+
+
+@pytest.mark.parametrize("mode", ["dense", "hybrid@2"])
+def test_an_item_with_features_is_in_the_lists_of_the_next_request(tmp_path, mode):
+    save_tiny_liger(tmp_path / "model")
+    recommender = Recommender.from_pretrained(tmp_path / "model", device="cpu", mode=mode)
+    asked = {"history": ["item-1", "item-2"], "k": 13}
+    with running(RecommendService(recommender, save_to=tmp_path / "grown")) as client:
+        assert client.get("/healthz").content["mode"] == mode
+        (before,) = client.post("/recommend", asked).content["lists"]
+        added = client.post("/items", {"add": [{"item_key": "new", "features": [0.5] * 6}]})
+        assert added.status == 200, added.text
+        (ranked,) = client.post("/recommend", asked).content["lists"]
+        assert set(keys_of(ranked)) == {*keys_of(before), "new"}
+        (short,) = client.post("/recommend", asked | {"k": 3}).content["lists"]
+        assert keys_of(short) == keys_of(ranked)[:3]
+    again = RecommendService(Recommender.from_pretrained(tmp_path / "grown", device="cpu", mode=mode))
+    with running(again) as client:
+        assert keys_of(client.post("/recommend", asked).content["lists"][0]) == keys_of(ranked)
+
+
+def test_a_model_without_semantic_ids_is_served(tmp_path):
+    save_tiny_sasrec(tmp_path / "model")
+    recommender = Recommender.from_pretrained(tmp_path / "model", device="cpu")
+    with running(RecommendService(recommender)) as client:
+        (ranked,) = client.post("/recommend", {"history": ["item-1"], "k": 12}).content["lists"]
+        assert [sorted(item) for item in ranked["items"]] == [["item_key", "score", "title"]] * 12
+        assert client.get("/items?query=item-11").content["items"] == [{"item_key": "item-11", "title": ""}]
+        health = {"status": "ok", "mode": "sasrec", "num_items": 12, "catalogue_version": 1}
+        assert client.get("/healthz").content == health
+        for body in ({"add": [{"item_key": "new", "text": {"title": "New"}}]}, {"remove": ["item-1"]}):
+            refused = client.post("/items", body)
+            assert (refused.status, refused.field) == (422, next(iter(body)))
+            assert "needs semantic ids, which a 'sasrec' model has not" in refused.message
 
 
 def test_changes_and_answers_at_once(artifact):
