@@ -18,20 +18,21 @@ import torch
 import train_rqvae
 from data.batching import ExampleStrategy, TrainingBatches
 from data.features import FeatureConfig, load_item_features
+from data.files import json_sha256
 from data.processed import DatasetConfig, PreparedDataset, load_dataset
 from data.schemas import InputError
-from evaluate import EvaluationProtocol
 from evaluation.processes import Processes
-from evaluation.table import format_metrics
 from modules.artifact import save_model_artifact
 from modules.generation.beam import Normalize
-from modules.generation.ranker import GenerativeRanker
+from modules.item_tower import ItemInputConfig
 from modules.model import EncoderDecoderRetrievalModel, RetrievalModelConfig
+from modules.retrieval_modes import make_rankers
 from modules.tokenizer.legacy import is_legacy, load_legacy
 from modules.tokenizer.sequence import SequenceTokenizer
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
-from reports.plots import plot_run
-from reports.runs.report import write_run_report
+from tasks.items import load_item_table, sized
+from tasks.outcome import finish
+from tasks.protocol import EvaluationProtocol
 from tasks.retrieval import RetrievalTask
 from training.checks import require_at_least
 from training.cli import main
@@ -41,9 +42,7 @@ from training.loop_config import LoopConfig
 from training.processes import on_main, process_state
 from training.run_folder import RunFolder, RunOptions
 
-register(RetrievalModelConfig, ExampleStrategy)
-
-_HELD_OUT = ("valid", "test")
+register(RetrievalModelConfig, ItemInputConfig, ExampleStrategy)
 
 
 @gin.configurable(module="train_decoder", denylist=["options"])
@@ -61,6 +60,7 @@ def train(
     strategy: ExampleStrategy = ExampleStrategy.EVERY_PREFIX,
     beam_width: int = 20,
     normalize: Normalize = "level",
+    modes: tuple[str, ...] = ("generative",),
     max_valid_users: int | None = None,
     exclude_seen: bool | None = None,
     seed: int = 0,
@@ -77,11 +77,15 @@ def train(
         loop: how to train.
         tokenizer: artifact folder, Hub id, or an RQ-VAE of the older layout (which needs `features`); None trains one
             with the RQ-VAE config that this config includes, or takes it from that run's folder.
-        features: item features, for an RQ-VAE of the older layout.
+        features: item features, for a model that reads them (`RetrievalModelConfig.items`) and for an RQ-VAE of the
+            older layout.
         batch_size: examples per process and step.
         max_history: items that the model reads of a history, the last ones.
         strategy: how training ranges become examples.
         beam_width: prefixes kept per step of generation.
+        modes: ways to retrieve that are evaluated, see `modules.retrieval_modes`: "generative", and of a model with a
+            dense head "dense" and "hybrid@K". The first one is validated while training, chooses the best weights and
+            is what the artifact does when nothing else is asked for.
         normalize: what scores are probabilities among, see `modules.generation.beam.beam_search`.
         max_valid_users: validate on that many users, drawn once; None takes all.
         exclude_seen: evaluate every ranker without the items of the history; None does where no training history
@@ -98,17 +102,25 @@ def train(
     """
     counts = {"batch_size": batch_size, "max_history": max_history, "beam_width": beam_width}
     require_at_least(1, "train_decoder.train", **counts, max_valid_users=max_valid_users)
+    if not modes:
+        raise InputError('train_decoder.train.modes expected at least one way to retrieve, such as ("generative",).')
     prepared = load_dataset(dataset)
     run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
     semantic_ids = load_tokenizer(tokenizer, prepared, features, options, save_dir_root)
     run.require_same(tokenizer=semantic_ids.content_hash)
     protocol = EvaluationProtocol.of(prepared, dataset.split, max_history=max_history, exclude_seen=exclude_seen)
 
+    items, encoder = None, None
+    if model.items is not None:
+        items, encoder = load_item_table(prepared, features, protocol.cold)
+        run.require_same(item_features=json_sha256(encoder))
+
     torch.manual_seed(seed)
-    languages = {semantic_ids.language: semantic_ids.level_sizes}
-    retrieval_model = EncoderDecoderRetrievalModel(replace(model, languages=languages))
+    retrieval_model = EncoderDecoderRetrievalModel(sized(model, semantic_ids, items))
+    if items is not None:
+        retrieval_model.fit_features_(items)
     settings: dict[str, Any] = {"beam_width": beam_width, "max_history": max_history, "normalize": normalize}
-    ranker = GenerativeRanker(retrieval_model, semantic_ids, **settings)
+    rankers = make_rankers(retrieval_model, semantic_ids, items, modes=modes, **settings)
     process = process_state()
     processes = Processes(process.process_index, process.num_processes)
     batches = TrainingBatches(
@@ -128,10 +140,12 @@ def train(
         retrieval_model,
         batches,
         tokenize=tokenize,
+        items=items,
         item_keys=prepared.catalogue.item_keys,
         validate=lambda: protocol.evaluate(
-            [ranker], "valid", max_users=max_valid_users, seed=seed, processes=processes
+            rankers[:1], "valid", max_users=max_valid_users, seed=seed, processes=processes
         ),
+        selection_metric=f"{rankers[0].name}/valid/all/ndcg@10",
     )
     trackers = {"wandb_logging": wandb_logging, "tensorboard_logging": tensorboard_logging}
     result = run_training(task, loop, run, seed=seed, resume=options.resume, **trackers)
@@ -140,16 +154,20 @@ def train(
         "dataset": dataset.to_dict(),
         "dataset_manifest_hash": prepared.manifest_hash,
         "exclude_seen": protocol.exclude_seen,
+        "item_features": encoder,
         "environment": run.environment(),
         "steps": result.steps,
         "best_step": result.best_step,
     }
-    on_main(lambda: save_model_artifact(run.model, retrieval_model, semantic_ids, origin, ranker_settings=settings))
+    settings["mode"] = modes[0]
+    on_main(
+        lambda: save_model_artifact(
+            run.model, retrieval_model, semantic_ids, origin, ranker_settings=settings, items=items
+        )
+    )
     if options.is_trial:
         return run.model
-    metrics = _evaluated(run, protocol, ranker, processes)
-    run.write_metrics(metrics | {"best_step": result.best_step, "steps": result.steps, "seconds": result.seconds})
-    on_main(lambda: _report(run, protocol, metrics))
+    finish(run, protocol, rankers, processes, training=result)
     return run.model
 
 
@@ -191,27 +209,6 @@ def _tokenizer_of_legacy(path: str, prepared: PreparedDataset, features: Feature
         feature_description=item_features.description,
         dataset_manifest_hash=prepared.manifest_hash,
     )
-
-
-def _evaluated(
-    run: RunFolder, protocol: EvaluationProtocol, ranker: GenerativeRanker, processes: Processes
-) -> dict[str, float]:
-    """Metrics of the best weights beside the baselines on both held-out roles; the only time that test is read."""
-    metrics: dict[str, float] = {}
-    for role in _HELD_OUT:
-        rankers = [ranker, *protocol.baselines()]
-        ranks_path = run.root / f"ranks_{role}.safetensors"
-        metrics |= protocol.evaluate(rankers, role, ranks_path=ranks_path, progress=True, processes=processes)
-    return metrics
-
-
-def _report(run: RunFolder, protocol: EvaluationProtocol, metrics: dict[str, float]) -> None:
-    """Print the tables and plot what training logged."""
-    for role in _HELD_OUT:
-        print(f"\n{role}, {protocol.describe()}\n{format_metrics(metrics, split=role)}")
-    plot_run(run.metrics_log, run.report)
-    write_run_report(run.report / "index.html", [run.root])
-    print(f"model, metrics and report/index.html: {run.root}")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,38 @@ from typing import Any
 
 import pytest
 
+import fit_baseline
 import train_decoder
 import train_rqvae
+import train_sequence
 from data.processed import RecDataset
+from modules.estimators import QuantizeMode
 from training import gin_registry
 from training.gin_config import LoadedConfig, clear_config, load_config
 from training.run_folder import RunOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.gin") if path.parent.name != "base")
-FUNCTIONS = {"train_decoder.train": train_decoder.train, "train_rqvae.train": train_rqvae.train}
+SCRIPTS = {
+    "decoder": "train_decoder",
+    "hstu": "train_sequence",
+    "item": "fit_baseline",
+    "liger": "train_decoder",
+    "popularity": "fit_baseline",
+    "random": "fit_baseline",
+    "rqvae": "train_rqvae",
+    "sasrec": "train_sequence",
+    "tiger": "train_decoder",
+    "user": "fit_baseline",
+}
+"""By the first word of a config's name."""
+
+FUNCTIONS = {
+    "fit_baseline.train": fit_baseline.train,
+    "train_decoder.train": train_decoder.train,
+    "train_rqvae.train": train_rqvae.train,
+    "train_sequence.train": train_sequence.train,
+}
 SUPPLIED = {"options", "reuse_for"}
 """What the program itself hands to the functions."""
 
@@ -30,14 +52,26 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "DatasetConfig.dataset": (RecDataset.AMAZON, RecDataset.AMAZON_REVIEWS),
     "DatasetConfig.category": ("beauty", "toys"),
     "DatasetConfig.split": ("liger",),
+    "HSTUConfig.dropout": (0.25,),
+    "ItemKNNConfig.decay": (0.5,),
+    "ItemInputConfig.hidden_dims": ((64, 32),),
+    "ItemInputConfig.input_dropout": (0.25,),
     "LoopConfig.cuda_graphs": (False,),
     "LoopConfig.parameter_groups": ("(@group/ParameterGroup(),)",),
+    "RetrievalModelConfig.items": ("@ItemInputConfig()",),
     "RetrievalModelConfig.languages": ({"text": (8, 8)},),
     "RqVaeConfig.activation": ("silu",),
+    "RqVaeConfig.mode": (QuantizeMode.ROTATION_TRICK, QuantizeMode.STRAIGHT_THROUGH),
+    "RqVaeConfig.restart_after": (0,),
+    "RqVaeConfig.ema_decay": (0.0,),
     "RqVaeConfig.encoder": ("mlp", "skip"),
     "RqVaeConfig.hidden_dims": ((64, 32),),
+    "RqVaeConfig.restart_after": (0,),
+    "SASRecConfig.dropout": (0.25,),
     "TablesConfig.text_columns": (("brand",),),
+    "UserKNNConfig.decay": (0.5,),
     "train_decoder.train.features": ("@FeatureConfig()",),
+    "train_decoder.train.modes": (("dense", "hybrid@all"),),
     "train_rqvae.train.more_datasets": ("(@more/DatasetConfig(),)",),
 }
 """Valid values of settings whose type does not say them."""
@@ -58,10 +92,24 @@ NO_TABLES = {
 }
 """Settings that belong together."""
 
-MARKERS = {"LoopConfig.num_steps": 7, "RetrievalModelConfig.d_model": 8, "FeatureConfig.encoder": "file"}
+MARKERS = {
+    "FeatureConfig.encoder": "file",
+    "HSTUConfig.d_model": 8,
+    "ItemInputConfig.num_positions": 7,
+    "ItemKNNConfig.num_neighbours": 7,
+    "LoopConfig.num_steps": 7,
+    "PopularityConfig.num_items": 7,
+    "RandomConfig.num_items": 7,
+    "RetrievalModelConfig.d_model": 8,
+    "SASRecConfig.d_model": 8,
+    "UserKNNConfig.num_neighbours": 7,
+}
 """One setting of each other class for the second round, which sends every reference to another scope."""
 
 SCOPE = "elsewhere"
+
+REFERENCE = re.compile(r"@([\w/.]+)\(\)")
+"""In the text of a value; not what a word such as hybrid@20 has."""
 
 pytestmark = pytest.mark.parametrize("path", CONFIGS, ids=str)
 
@@ -74,9 +122,20 @@ def _in_the_root(monkeypatch):
 
 
 def load(path: Path, *overrides: str) -> LoadedConfig:
-    script = "train_decoder" if path.stem.startswith("decoder") else "train_rqvae"
     given = [*REQUIRED.get(path.parent.name, []), *overrides]
-    return load_config([path], given, script=script, supplied=["options"])
+    return load_config([path], given, script=script_of(path), supplied=["options"])
+
+
+def script_of(path: Path) -> str:
+    return SCRIPTS[path.stem.partition("_")[0]]
+
+
+def tokenizer_config(path: Path) -> Path | None:
+    """The RQ-VAE config that a config is, or includes, itself or by another, or None."""
+    if path.stem.startswith("rqvae"):
+        return path
+    included = re.findall(r'^include "(\w+\.gin)"$', path.read_text(), flags=re.MULTILINE)
+    return next(filter(None, (tokenizer_config(path.with_name(name)) for name in included)), None)
 
 
 def arguments_of(train: Callable[..., Any]) -> dict[str, Any]:
@@ -108,7 +167,7 @@ def called(config: LoadedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         owner, parameters = pending.pop()
         yield owner, parameters
         for name, value in parameters.items():
-            references = re.findall(r"@([\w/.]+)\(\)", written.get(f"{owner}.{name}", ""))
+            references = REFERENCE.findall(written.get(f"{owner}.{name}", ""))
             for reference, found in zip(references, value if isinstance(value, tuple) else [value], strict=False):
                 scopes = "" if "/" in reference else owner.rpartition("/")[0]
                 pending.append((f"{scopes}/{reference}".lstrip("/"), vars(found)))
@@ -167,13 +226,15 @@ def text(value: Any) -> str:
 
 def first_round(config: LoadedConfig, before: dict[str, Any]) -> dict[str, Any]:
     """Other values for all settings that go together; references stay."""
-    apart = {*APART, *(NO_TABLES if uses_tables(before) else ["DatasetConfig.tables"])}
+    apart = {name for name in APART if not before.get(name)}  # what is set can be put back to 0 with all others
+    apart |= set(NO_TABLES if uses_tables(before) else ["DatasetConfig.tables"])
     values = {
         setting.name: another(setting.name, before[setting.name])
         for setting in config.settings
-        if "@" not in setting.value and unscoped(setting.name) not in apart
+        if not REFERENCE.search(setting.value) and unscoped(setting.name) not in apart
     }
-    return values | {"group/ParameterGroup.parameters": ("*.bias",)}
+    trained = any(unscoped(name) == "LoopConfig.parameter_groups" for name in before)
+    return values | ({"group/ParameterGroup.parameters": ("*.bias",)} if trained else {})
 
 
 def second_round(config: LoadedConfig, before: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +294,8 @@ def test_every_origin_is_a_line_that_sets_the_parameter(path):
 
 def test_the_stage_of_the_tokenizer_has_the_settings_of_its_own_config(path):
     stage = RunOptions(settings=load(path).settings).of("train_rqvae").settings
-    own = load(path.with_name(path.name.replace("decoder", "rqvae"))).settings
+    tokenizer = tokenizer_config(path)
+    own = () if tokenizer is None else load(tokenizer).settings
     assert {(setting.name, setting.value, setting.origin) for setting in stage} == {
         (setting.name, setting.value, setting.origin) for setting in own
     }

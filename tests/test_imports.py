@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "modules": {"modules", "ops"},
     "training": {"training", "ops"},
     "evaluation": {"evaluation", "modules", "ops"},
-    "tasks": {"tasks", "data", "training", "evaluation", "modules", "ops"},
+    "tasks": {"tasks", "data", "training", "reports", "evaluation", "modules", "ops"},
     "reports": {"reports", "evaluation", "modules", "ops"},
     "serving": {"serving", "modules", "ops"},
 }
