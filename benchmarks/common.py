@@ -254,7 +254,7 @@ def _cell(value: Any) -> str:
 def _command() -> str:
     """The command as a person types it, without paths of this machine."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    script = f"-m {spec.name}" if spec is not None else Path(sys.argv[0]).name
+    script = f"-m {spec.name.removesuffix('.__main__')}" if spec is not None else Path(sys.argv[0]).name
     return without_paths(" ".join(["python", script, *sys.argv[1:]]))
 
 

@@ -36,7 +36,7 @@ _PLACES = {
     "training step": ("loop.py:_step",),
     "rest of the loop": ("loop.py:",),
     "before or after an artifact write": (":save_pretrained", ":save_model_artifact"),
-    "final evaluation and reports": ("evaluator.py:", "baselines.py:", "reports/", ":_report"),
+    "final evaluation and reports": ("evaluator.py:", "baselines/", "reports/", ":_report"),
     "codebooks, semantic ids": ("tasks/rqvae.py:", "tokenizer.py:"),
     "data and features": ("processed.py:", "features.py:", "item_sets.py:", "batching.py:"),
 }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from reports.markup import Markup, element, join
@@ -19,12 +19,14 @@ class Line:
         xs: ascending.
         ys: as many; a value that is not finite, or not positive on a logarithmic axis, is left out.
         style: class of its colour.
+        bounds: lower and upper end of an upright bar at every point; None draws none.
     """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     style: str
+    bounds: Sequence[tuple[float, float]] | None = None
 
 
 def line_chart(
@@ -35,6 +37,7 @@ def line_chart(
     x_span: tuple[float, float] | None = None,
     log_y: bool = False,
     level: tuple[str, float] | None = None,
+    x_names: Sequence[str] | None = None,
 ) -> Markup:
     """A figure with its caption, axes and, for several lines, a legend.
 
@@ -45,10 +48,12 @@ def line_chart(
         x_span: ends of the x axis; None takes the lines'.
         log_y: logarithmic y axis.
         level: name and height of a dashed horizontal line.
+        x_names: what stands below 0, 1, 2 and so on; None writes numbers.
     """
     thinned = [_thinned(line) for line in lines]
     x_low, x_high = x_span or _span([x for line in thinned for x in line.xs])
-    heights = [y for line in thinned for y in line.ys if math.isfinite(y) and (y > 0 or not log_y)]
+    drawn = [y for line in thinned for y in (*line.ys, *(end for bar in line.bounds or () for end in bar))]
+    heights = [y for y in drawn if math.isfinite(y) and (y > 0 or not log_y)]
     heights += [level[1]] if level else []
     y_ticks = _log_ticks(heights) if log_y else _ticks(*_span(heights or [0.0]))
     scale = math.log10 if log_y else float
@@ -73,12 +78,19 @@ def line_chart(
             if math.isfinite(y) and (y > 0 or not log_y)
         ]
         paths.append(element("path", class_=f"line {line.style}", d=_path(points)))
+        if line.bounds is not None:
+            ends = [
+                (place_x(x), *bar) for x, bar in zip(line.xs, line.bounds, strict=True) if min(bar) > 0 or not log_y
+            ]
+            bars = "".join(f"M{x:.2f} {place_y(low):.2f}V{place_y(high):.2f}" for x, low, high in ends)
+            paths.append(element("path", class_=f"bound {line.style}", d=bars))
+    x_words = {tick: short(tick) for tick in _ticks(x_low, x_high)} if x_names is None else dict(enumerate(x_names))
     words = [
         element("span", short(tick), class_="y", style=f"top:{place_y(tick):.2f}%", aria_hidden="true")
         for tick in y_ticks
     ] + [
-        element("span", short(tick), class_="x", style=f"left:{place_x(tick):.2f}%", aria_hidden="true")
-        for tick in _ticks(x_low, x_high)
+        element("span", name, class_="x", style=f"left:{place_x(tick):.2f}%", aria_hidden="true")
+        for tick, name in x_words.items()
         if x_low <= tick <= x_high
     ]
     drawing = element("svg", *paths, viewBox="0 0 100 100", preserveAspectRatio="none", aria_hidden="true")
@@ -125,7 +137,12 @@ def _thinned(line: Line) -> Line:
     inner = [finite[begin:end] for begin, end in pairwise(bounds)]
     extremes = {first(places, key=line.ys.__getitem__) for places in inner for first in (min, max)}
     places = [finite[0], *sorted(extremes), finite[-1]]
-    return Line(line.name, [line.xs[place] for place in places], [line.ys[place] for place in places], line.style)
+    return replace(
+        line,
+        xs=[line.xs[place] for place in places],
+        ys=[line.ys[place] for place in places],
+        bounds=None if line.bounds is None else [line.bounds[place] for place in places],
+    )
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

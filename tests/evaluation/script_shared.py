@@ -22,9 +22,10 @@ import tasks.rqvae
 from data.processed import load_dataset
 from data.schemas import InputError, ItemFilter, SeqBatch
 from evaluation.processes import Processes
-from evaluation.ranker import top_items
 from modules.estimators import QuantizeMode
 from modules.rqvae import RqVae, RqVaeConfig
+from modules.top_items import top_items
+from tasks.protocol import EvaluationProtocol
 from tests.tiny_dataset import NUM_ITEMS, walks
 from tests.training.tasks import tokenizer_settings
 from training.processes import process_state
@@ -55,7 +56,7 @@ class CountingRqVae(RqVae):
 
 def ranked(run: Path, processes: Processes, output: Path) -> dict:
     """Five batches of users, then a single user, then errors of a ranker and of the file for the ranks."""
-    protocol = evaluate.EvaluationProtocol.of(
+    protocol = EvaluationProtocol.of(
         load_dataset(walks(run / "dataset", run / "log.csv")), "leave_one_out", max_history=3
     )
     told: dict = {}

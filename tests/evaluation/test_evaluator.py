@@ -7,8 +7,9 @@ from torch import Tensor
 
 from data.schemas import Histories, InputError, ItemFilter, Ranges, SeqBatch
 from evaluation.evaluator import evaluate, evaluate_rankers, save_ranks
-from evaluation.ranker import Ranker, top_items
-from evaluation.training_items import never_repeats, training_items
+from evaluation.ranker import Ranker
+from evaluation.training_items import never_repeats
+from modules.top_items import top_items
 
 COLD = torch.tensor([False, False, False, False, True])
 
@@ -157,7 +158,7 @@ def histories(*rows: list[int]) -> Histories:
 
 def test_training_items_are_counted_once_where_ranges_overlap():
     ranges = Ranges(rows=int32(1, 1), begins=int32(0, 1), ends=int32(1, 2))
-    rows, item_ids = training_items(histories([9, 9], [5, 6, 7, 8]), ranges)
+    rows, item_ids = ranges.interactions(histories([9, 9], [5, 6, 7, 8]))
     assert rows.tolist() == [1, 1, 1]
     assert item_ids.tolist() == [5, 6, 7]
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from data.schemas import InputError
-from evaluation.ranker import check_ranking, top_items
+from evaluation.ranker import check_ranking
+from modules.top_items import top_items
 
 INF = float("inf")
 

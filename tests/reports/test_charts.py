@@ -80,3 +80,12 @@ def test_short_numbers():
     assert [short(value) for value in (0, 0.05, 12, 1234, 30_000, 1.5e6, 1e-5)] == [
         *("0", "0.05", "12", "1234", "30k", "1.5M", "1e-05"),
     ]
+
+
+def test_bars_and_names_stand_where_they_belong():
+    line = Line("a", [0, 1], [1.0, 2.0], "l3", bounds=[(0.0, 2.0), (1.0, 4.0)])
+    chart = line_chart("Recall", [line], x_label="group", x_span=(-0.5, 1.5), x_names=["few", "many"])
+    assert re.search(r'<path class="bound l3" d="([^"]*)"', chart)[1] == "M25.00 100.00V50.00M75.00 75.00V0.00"
+    assert ticks(chart, "y") == ["0", "1", "2", "3", "4"]
+    assert ticks(chart, "x") == ["few", "many"]
+    assert 'left:25.00%" aria-hidden="true">few' in chart
