@@ -133,7 +133,7 @@ def train(
         data_hash = hashes[0] if len(hashes) == 1 else json_sha256(hashes)
         run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=data_hash)
     sets = load_item_sets(prepared, datasets, features)
-    settings_hash = _hash_of(sets, model, loop, settings)
+    settings_hash = _hash_of(sets, [one.split for one in datasets], model, loop, settings)
     if finished:
         _check_settings_of(artifact, settings_hash)
         return artifact
@@ -165,8 +165,15 @@ def train(
     return run.model
 
 
-def _hash_of(sets: Sequence[ItemSet], model: RqVaeConfig, loop: LoopConfig, settings: TokenizerSettings) -> str:
-    """Of all that decides the artifacts."""
+def _hash_of(
+    sets: Sequence[ItemSet],
+    splits: Sequence[str],
+    model: RqVaeConfig,
+    loop: LoopConfig,
+    settings: TokenizerSettings,
+) -> str:
+    """Of all that decides the artifacts; the default split is left out, so that earlier artifacts keep theirs."""
+    decides = settings.train_on == "seen" and any(split != DatasetConfig.split for split in splits)
     return json_sha256(
         {
             "data": [items.prepared.manifest_hash for items in sets],
@@ -174,6 +181,7 @@ def _hash_of(sets: Sequence[ItemSet], model: RqVaeConfig, loop: LoopConfig, sett
             "model": model.to_dict(),
             "loop": loop.to_dict(),
             "training": {**asdict(settings), "collisions": settings.collisions.value},
+            **({"splits": list(splits)} if decides else {}),
         }
     )
 

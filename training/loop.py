@@ -71,7 +71,7 @@ def run_training(
     tensorboard_logging: bool = False,
     progress: bool | None = None,
 ) -> TrainingResult:
-    """Train a task; afterwards `task.model` holds the best weights.
+    """Train a task; afterwards `task.model` holds the best weights, in evaluation mode.
 
     Args:
         task: what to train.
@@ -182,6 +182,7 @@ class _Trainer:
             if not self._guard.insisted:  # else nothing is waited for
                 self._close()
         self._store.load_best(self._task.model)
+        self._task.model.eval()  # what rankers keep of a model, they make anew wherever it may train on
         state = self._state
         assert state.best_metric is not None
         return TrainingResult(state.best_metric, state.best_step, state.step, self._clock.seconds(), stopped_because)

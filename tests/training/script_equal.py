@@ -77,6 +77,7 @@ def sequence_task(folder: Path) -> SequenceTask:
         training_batches(prepared, ExampleStrategy.LAST_ONLY, max_history=3),
         item_keys=prepared.catalogue.item_keys,
         validate=lambda: {"sasrec/valid/all/ndcg@10": 0.5},
+        selection_metric="sasrec/valid/all/ndcg@10",
     )
 
 

@@ -99,7 +99,8 @@ def sequence_task(*, fixed_capacity: bool, dropout: float = 0.1, device: torch.d
     config = SASRecConfig(num_items=30, d_model=16, d_ff=16, num_heads=2, max_history=8, dropout=dropout)
     model = config.build()
     batches = training_batches(ExampleStrategy.LAST_ONLY, fixed_capacity, device)
-    return SequenceTask(model, batches, item_keys=[f"item-{item_id}" for item_id in range(30)], validate=dict)
+    item_keys = [f"item-{item_id}" for item_id in range(30)]
+    return SequenceTask(model, batches, item_keys=item_keys, validate=dict, selection_metric="sasrec/valid/all/ndcg@10")
 
 
 def training_batches(strategy: ExampleStrategy, fixed_capacity: bool, device: torch.device) -> TrainingBatches:
