@@ -40,7 +40,7 @@ class FeatureConfig:
         template: of both text encoders: sentences over columns of the item table; None: the source's own.
         path: of file: a .npy (with .keys.txt), .safetensors or .parquet file; see data/encoders/external.py.
         missing: of file: "error" refuses a file that lacks items, "vector" gives these a row of zeros, marked as
-            missing, for which a model that reads features learns a vector.
+            missing, for which a model that reads features learns a vector; no tokenizer is trained on them.
         batch_size: of sentence_transformers: texts at a time; does not decide the values.
     """
 
@@ -123,7 +123,7 @@ def _read(folder: Path) -> ItemFeatures | None:
         missing = _read_missing(folder, description)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         _logger.warning("%s is damaged (%s); encoding again", folder, error)
         return None
     if values.shape != shape or values.dtype != np.float32:

@@ -85,6 +85,8 @@ def training_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which rows of the joined features to train on, and which to validate on.
 
+    Items without features are in neither: they would teach the same made-up vector once each. They are coded as others.
+
     Args:
         sets: the items.
         seen_only: train on no item that is cold, so that ids of cold items are those of items never seen.
@@ -92,20 +94,20 @@ def training_rows(
         seed: of the choice.
 
     Returns:
-        [M] and [V] int64 row numbers, ascending. Validation takes all rows that training leaves out, and where it
-        leaves out none, all.
+        [M] and [V] int64 row numbers, ascending. Validation takes all others that have features, and where there are
+        none, those of training.
 
     Raises:
         InputError: if no row is left to train on.
     """
-    num_rows = sum(len(items.catalogue) for items in sets)
-    rows = np.arange(num_rows)
-    if seen_only:
-        rows = np.flatnonzero(~np.concatenate([_cold(items) for items in sets]))
-        if len(rows) == 0:
-            raise InputError("train_on = 'seen' expected items that training histories contain, got none.")
+    has_features = ~np.concatenate([items.features.missing for items in sets])
+    chosen = has_features & ~np.concatenate([_cold(items) for items in sets]) if seen_only else has_features
+    rows = np.flatnonzero(chosen)
+    if len(rows) == 0:
+        what = "features of items that training histories contain" if seen_only else "items with features"
+        raise InputError(f"train_on = {'seen' if seen_only else 'all'!r} expected {what}, got none.")
     rows = np.delete(rows, held_out_rows(len(rows), held_out, seed))
-    left_out = np.setdiff1d(np.arange(num_rows), rows, assume_unique=True)
+    left_out = np.setdiff1d(np.flatnonzero(has_features), rows, assume_unique=True)
     return rows, left_out if len(left_out) else rows
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.sources.records import check_malformed, clean_text, line_blocks, parse_record
+from data.sources.records import check_malformed, clean_price, clean_text, line_blocks, parse_record
 
 if TYPE_CHECKING:
     import polars as pl
@@ -68,13 +68,12 @@ def _item_fields(record: dict[str, Any], root: str) -> tuple[str | float | None,
     main = max(paths, key=len, default=[])
     others = [" > ".join(path) for path in paths if path is not main]
     brand = clean_text(record.get("brand")) or brand_in_path
-    price = record.get("price")
     return (
         clean_text(record.get("title")),
         " > ".join(main) or None,
         "; ".join(dict.fromkeys(others)) or None,
         None if brand is None or brand.lower() == "unknown" else brand,
-        float(price) if isinstance(price, int | float) else None,
+        clean_price(record.get("price")),
         clean_text(record.get("description")),
     )
 

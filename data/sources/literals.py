@@ -24,14 +24,17 @@ def literal_values(line: str, names: Sequence[str]) -> dict[str, Any] | None:
         names: of the values; those that the dict lacks are left out.
 
     Returns:
-        None where the line is no dict.
+        None where the line is no dict, or one of the values cannot be read.
     """
     pieces = _PIECE.findall(line)
     if not pieces or sum(len(piece) for piece, _, _ in pieces) != len(line):
         record = parse_record(line)
         return None if record is None else {name: record[name] for name in names if name in record}
     written = {name: value for _, name, value in pieces}
-    return {name: _value(written[name]) for name in names if name in written}
+    try:
+        return {name: _value(written[name]) for name in names if name in written}
+    except (SyntaxError, ValueError):  # a broken escape, or a number that Python does not read
+        return None
 
 
 def _value(written: str) -> Any:

@@ -72,6 +72,12 @@ def clean_text(text: Any) -> str | None:
     return " ".join(html.unescape(whole_characters(text)).split()) or None
 
 
+def clean_price(price: Any) -> float | None:
+    """A price, None where the value is none: no number, negative, infinite, NaN, or a million and more."""
+    is_number = isinstance(price, int | float) and not isinstance(price, bool)
+    return float(price) if is_number and 0 <= price < 1e6 else None
+
+
 def whole_characters(text: str) -> str:
     """The text with characters in place of surrogate pairs, as narrow builds of Python 2 wrote them."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from data.schemas import InputError
 from data.sources.base import RawFile, Source, SourceTables
 from data.sources.literals import literal_values
-from data.sources.records import check_malformed, clean_text, line_blocks, parse_record, whole_characters
+from data.sources.records import (
+    check_malformed,
+    clean_price,
+    clean_text,
+    line_blocks,
+    parse_record,
+    whole_characters,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -140,12 +147,12 @@ def _listed(names: Any) -> str | None:
 
 def _price(price: Any) -> str | None:
     """Such as "4.99 dollars" or "Free To Play"."""
-    is_number = isinstance(price, int | float) and not isinstance(price, bool)
-    return f"{price:g} dollars" if is_number else clean_text(price)
+    number = clean_price(price)
+    return clean_text(price) if number is None else f"{number:g} dollars"
 
 
 def _text(value: Any) -> str | None:
     """A name or id as text, None where there is none."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64:
         return str(value)
     return whole_characters(value).strip() or None if isinstance(value, str) else None

@@ -138,7 +138,7 @@ def test_the_source_template_is_the_default(tmp_path, counting):
     assert tuple(description["template"]) == dataset.text_template
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no manifest", "other manifest", "no features"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no manifest", "other manifest", "no features"])
 def test_damaged_features_are_made_again(tmp_path, counting, damage):
     dataset = prepare(tmp_path, ["Tent", "Lamp", "Pan"])
     expected = load_item_features(dataset, counting).values.tolist()
@@ -146,6 +146,8 @@ def test_damaged_features_are_made_again(tmp_path, counting, damage):
     manifest = path.with_name("manifest.json")
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-4])
+    elif damage == "empty":
+        path.write_bytes(b"")
     elif damage == "no features":
         path.unlink()
     elif damage == "no manifest":
@@ -186,7 +188,7 @@ def test_items_that_a_file_lacks_are_marked_and_told_of_every_time(tmp_path, cap
         load_item_features(dataset, FeatureConfig(encoder="file", path=str(tmp_path / "own.npy")))
 
 
-@pytest.mark.parametrize("damage", ["gone", "other items"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "other items"])
 def test_damaged_marks_of_missing_items_are_made_again(tmp_path, counting, damage, caplog):
     dataset = prepare(tmp_path, ["Tent", None, "Pan"])
     load_item_features(dataset, counting)
@@ -194,6 +196,8 @@ def test_damaged_marks_of_missing_items_are_made_again(tmp_path, counting, damag
     (path,) = (tmp_path / "out" / "features").rglob("missing.npy")
     if damage == "gone":
         path.unlink()
+    elif damage == "empty":
+        path.write_bytes(b"")
     else:
         np.save(path, np.array([True, True, False]))
     assert load_item_features(dataset, counting).missing.tolist() == [False, True, False]

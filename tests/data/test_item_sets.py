@@ -77,10 +77,33 @@ def test_held_out_rows_are_validated_on(sets, seen_only):
     assert training_rows(sets, seen_only=seen_only, held_out=0.25, seed=1)[0].tolist() != rows.tolist()
 
 
+@pytest.mark.parametrize("seen_only", [False, True])
+def test_items_without_features_are_neither_trained_nor_validated_on(sets, seen_only):
+    cold = cold_rows(sets)
+    gone = {0, cold[0], 10}
+    missing = np.isin(np.arange(15), list(gone))
+    parts = np.split(missing, [9])
+    lacking = [
+        replace(one, features=replace(one.features, missing=part)) for one, part in zip(sets, parts, strict=True)
+    ]
+    for held_out in (0.0, 0.25):
+        rows, valid_rows = training_rows(lacking, seen_only=seen_only, held_out=held_out, seed=0)
+        assert set(rows) | set(valid_rows) == set(range(15)) - gone
+        assert not seen_only or not set(rows) & set(cold)
+    nothing = [
+        replace(one, features=replace(one.features, missing=np.ones(len(part), bool)))
+        for one, part in zip(sets, parts, strict=True)
+    ]
+    with pytest.raises(InputError, match=r"train_on = .* expected .*features.*, got none"):
+        training_rows(nothing, seen_only=seen_only, held_out=0.0, seed=0)
+
+
 def test_no_seen_item_is_refused(sets):
     catalogue = sets[0].catalogue
     unseen = replace(sets[0], catalogue=replace(catalogue, cold=torch.ones(len(catalogue), dtype=torch.bool)))
-    with pytest.raises(InputError, match="train_on = 'seen' expected items that training histories contain"):
+    with pytest.raises(
+        InputError, match="train_on = 'seen' expected features of items that training histories contain"
+    ):
         training_rows([unseen], seen_only=True, held_out=0.0, seed=0)
 
 

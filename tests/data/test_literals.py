@@ -5,7 +5,7 @@ import random
 import pytest
 
 from data.sources.literals import literal_values
-from data.sources.records import clean_text, whole_characters
+from data.sources.records import clean_price, clean_text, whole_characters
 
 NAMES = ("username", "text", "hours", "product_id", "early_access", "date")
 LINES = [
@@ -44,6 +44,11 @@ def test_random_dicts_as_repr_writes_them():
     [
         "{u'username': u'cut",
         "{u'username': u'x', u'hours': }",
+        r"{u'username': u'half an escape \x4', u'hours': 1}",
+        r"{u'username': u'\N{no such name}', u'hours': 1}",
+        "{u'username': u'\\n and a line end \r', u'hours': 1}",
+        "{u'username': u'x', u'hours': 007}",
+        f"{{u'username': u'x', u'hours': {'1' * 5000}}}",
         "{u'username': u'x', u'hours': 1} trailing",
         "{u'username': u'x', u'hours': __import__('os').getpid()}",
         "[1, 2]",
@@ -64,3 +69,9 @@ def test_texts_of_narrow_python_builds_and_web_pages():
     assert whole_characters("\ud83d\ude00 ok \ud83d") == "\U0001f600 ok \ufffd"
     assert clean_text(" Design &amp;\n Illustration ") == "Design & Illustration"
     assert clean_text("  ") is clean_text(3) is None
+
+
+def test_prices():
+    assert [clean_price(price) for price in (0, 4.99, 999_999)] == [0.0, 4.99, 999_999.0]
+    for price in (-1, 10**400, float("inf"), float("nan"), True, "4.99", None):
+        assert clean_price(price) is None

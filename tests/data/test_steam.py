@@ -96,6 +96,15 @@ def test_bad_lines_are_counted_up_to_one_percent(tmp_path):
         Steam().read(write(tmp_path, []))
 
 
+def test_numbers_too_large_for_an_id_or_a_price_are_none(tmp_path):
+    """Neither ends in a traceback."""
+    huge = f"{{u'username': 0x{'f' * 5000}, u'product_id': u'1', u'date': u'2017-12-17'}}"
+    game = f"{{u'id': u'328100', u'title': u'Dear', u'price': {'9' * 400}}}"
+    tables = Steam().read(write(tmp_path, [*REVIEWS * 60, huge], [game]))
+    assert tables.num_malformed == 1
+    assert tables.items.select("title", "price").rows() == [(None, None), ("Dear", None)]
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     path = write(tmp_path) / "steam_reviews.json.gz"
     path.write_bytes(path.read_bytes()[:-12])
