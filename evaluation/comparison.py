@@ -1,4 +1,4 @@
-"""How sure a mean over users is, and a difference between two rankers over the same users.
+"""How sure a difference between two rankers over the same users is.
 
 Users are drawn again with replacement (Efron 1979); rankers of several seeds enter with each user's gain averaged over
 the seeds. Memory stays the same whatever the number of users and draws.
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-
-from evaluation.metrics import confidence_interval
 
 _QUANTILES = (0.025, 0.975)
 _BLOCK = 200_000
@@ -64,28 +62,7 @@ def paired_bootstrap(gains_a: Tensor, gains_b: Tensor, *, num_samples: int = 10_
     means = _resampled_means(sign * differences, num_samples, generator)
     low, high = sorted(sign * np.quantile(means, _QUANTILES))
     p_value = _randomisation_test(changed, num_samples, generator)
-    return Difference(float(differences.mean()), float(low), float(high), p_value)
-
-
-def bootstrap_interval(gains: Tensor, *, num_samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean over users.
-
-    Where all users gain the same, as in a small slice without a hit, drawing users again knows no other mean; the
-    interval of `evaluation.metrics.confidence_interval` keeps its width there and is taken instead.
-
-    Args:
-        gains: [E] in [0, 1], or [S, E] of S seeds.
-        num_samples: draws.
-        seed: of the draws.
-
-    Raises:
-        ValueError: if there are no users, or a gain is not finite.
-    """
-    averaged = averaged_over_seeds(gains)
-    if bool((averaged == averaged[0]).all()):
-        return confidence_interval(averaged)
-    low, high = np.quantile(_resampled_means(averaged.numpy(), num_samples, np.random.default_rng(seed)), _QUANTILES)
-    return float(low), float(high)
+    return Difference(float(differences.mean()), float(low) + 0.0, float(high) + 0.0, p_value)  # no -0.0
 
 
 def averaged_over_seeds(gains: Tensor) -> Tensor:

@@ -6,8 +6,9 @@
     python -m benchmarks.leaderboard --dataset beauty --recompute         # proves the published numbers from the ranks
 
 Every model is trained by its own script and config in a process of its own, one after the other; --minutes is the
-training time that each may take. Validation chooses the weights, and the test users are read once, at the end, by the
-script. A stopped board goes on where it was when it is started again: finished runs are kept, others resume.
+training time that each may take, on as many --threads. Validation chooses the weights, and the test users are read
+once, at the end, by the script. A stopped board goes on where it was when it is started again: finished runs are kept,
+others resume.
 
 OUTPUT gets the runs (OUTPUT/runs/MODEL/seed_N, and a log beside each), the table as Markdown and a page with plots.
 `benchmarks/results/<device>/leaderboard/` gets the numbers (NAME.json) and every user's rank (NAME.ranks.safetensors),

@@ -1,7 +1,8 @@
 """Every number of a leaderboard, computed from saved ranks alone.
 
 A row has metrics of the slices all, warm and cold, of users by how often training contains their target, and of users
-by how long their training history is; intervals are of the bootstrap over users, of gains averaged over the seeds.
+by how long their training history is, with the intervals of `evaluation.metrics.confidence_interval` of gains averaged
+over the seeds; differences have those of the paired bootstrap over users.
 """
 
 import math
@@ -15,8 +16,8 @@ from torch import Tensor
 from benchmarks.leaderboard.models import BASELINES
 from benchmarks.leaderboard.saved import SavedRanks, SeedRanks, Users
 from data.schemas import InputError
-from evaluation.comparison import bootstrap_interval, paired_bootstrap
-from evaluation.metrics import ndcg_gains, recall_gains
+from evaluation.comparison import averaged_over_seeds, paired_bootstrap
+from evaluation.metrics import confidence_interval, ndcg_gains, recall_gains
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
 HEADLINES = ("recall@10", "ndcg@10")
@@ -131,7 +132,7 @@ def _metrics(ranks: SeedRanks, members: Tensor) -> dict[str, Any]:
     for metric in METRICS:
         of_seeds = gains(ranks, metric, members)
         means = of_seeds.mean(dim=1)
-        low, high = bootstrap_interval(of_seeds, num_samples=NUM_SAMPLES)
+        low, high = confidence_interval(averaged_over_seeds(of_seeds))
         values[metric] = {
             "mean": float(means.mean()),
             "std": float(means.std(correction=1)) if len(means) > 1 else None,
@@ -150,7 +151,7 @@ def _groups(ranks: SeedRanks, values: Tensor) -> list[dict[str, Any]]:
         group: dict[str, Any] = {"low": low, "high": high, "count": int(members.sum())}
         for metric in HEADLINES:
             of_seeds = gains(ranks, metric, members)
-            bounds = bootstrap_interval(of_seeds, num_samples=NUM_SAMPLES)
+            bounds = confidence_interval(averaged_over_seeds(of_seeds))
             group[metric] = {"mean": float(of_seeds.mean()), "low": bounds[0], "high": bounds[1]}
         found.append(group)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common import REPOSITORY
 from benchmarks.leaderboard.models import COUNTED, MODELS
-from benchmarks.leaderboard.runs import BoardSettings, Run, tokenizer_folder
+from benchmarks.leaderboard.runs import BoardSettings, Run, budget_minutes, tokenizer_folder
 from benchmarks.leaderboard.saved import ROLES, SavedRanks, Users, read_run_ranks
 from data.processed import DatasetConfig, PreparedDataset, load_dataset
 from data.schemas import InputError
@@ -103,8 +103,7 @@ def _facts(ranker: str, runs: Sequence[Run], settings: BoardSettings) -> Facts:
     metrics = [read_json(run.folder / "metrics.json") for run in runs]
     environments = [read_json(run.folder / "env.json") for run in runs]
     first = runs[0]
-    hardware = environments[0]["hardware"]
-    budget = settings.minutes if settings.minutes is not None else first.config.max_minutes
+    hardware = [environment["hardware"] for environment in environments]
     return {
         "model": first.name,
         "ranker": ranker,
@@ -113,16 +112,16 @@ def _facts(ranker: str, runs: Sequence[Run], settings: BoardSettings) -> Facts:
         "seeds": [run.seed for run in runs],
         "parameters": _num_parameters(first.folder),
         "stores": first.model.stores,
-        "budget_minutes": budget if first.config.loop is not None else None,
+        "budget_minutes": budget_minutes(first.config, settings),
         "training_minutes": [_minutes(entry.get("seconds")) for entry in metrics],
         "steps": [entry.get("steps") for entry in metrics],
         "best_step": [entry.get("best_step") for entry in metrics],
         "evaluation_minutes": [_minutes(record.get("evaluation_seconds")) for record in records],
         "wall_minutes": [_minutes(record.get("wall_seconds")) for record in records],
         "tokenizer_minutes": _tokenizer_minutes(first),
-        "hardware": ", ".join(hardware["cuda_devices"]) or hardware["cpu"],
-        "threads": hardware["torch_threads"],
-        "commits": sorted({_short(str(environment.get("commit"))) for environment in environments}),
+        "hardware": " or ".join(sorted({", ".join(one["cuda_devices"]) or one["cpu"] for one in hardware})),
+        "threads": [one["torch_threads"] for one in hardware],
+        "commits": sorted({_short(environment.get("commit") or "unknown") for environment in environments}),
     }
 
 
@@ -159,4 +158,4 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Remove its run folder and run the board again.") from error
+        raise InputError(f"{path} cannot be read ({error}). Copy it, or run the board, again.") from error

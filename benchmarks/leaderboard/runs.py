@@ -140,7 +140,8 @@ def plan_runs(configs: Mapping[str, Path], settings: BoardSettings, folder: Path
         folder: for all run folders.
 
     Raises:
-        InputError: if a run has already finished there that would come out differently now.
+        InputError: if a run has already finished there that would come out differently now, or one whose time is
+            limited was begun with another number of threads.
     """
     read = {name: Config.read(path, MODELS[name].script) for name, path in configs.items()}
     runs = [
@@ -150,12 +151,26 @@ def plan_runs(configs: Mapping[str, Path], settings: BoardSettings, folder: Path
         if MODELS[name].seeded or seed == settings.seeds[0]
     ]
     for run in runs:
-        if run.finished and run.record().get("identity") != run.identity:
+        record = run.record()
+        if run.finished and record.get("identity") != run.identity:
             raise InputError(
                 f"{run.folder} holds a finished run of another config, budget or split. Remove it, or give --output "
                 "another folder."
             )
+        threads = record.get("threads", settings.threads)
+        if budget_minutes(run.config, settings) is not None and threads != settings.threads:
+            raise InputError(
+                f"{run.folder} was trained with {threads} threads, where minutes are worth something else than with "
+                f"{settings.threads}. Give --threads {threads}, remove it, or give --output another folder."
+            )
     return runs
+
+
+def budget_minutes(config: Config, settings: BoardSettings) -> float | None:
+    """Training time that a run may take; None is unlimited, or of what is not trained."""
+    if config.loop is None:
+        return None
+    return config.max_minutes if settings.minutes is None else settings.minutes
 
 
 def _plan(name: str, config: Config, seed: int, settings: BoardSettings, folder: Path) -> Run:

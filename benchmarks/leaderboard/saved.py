@@ -64,6 +64,16 @@ class Users:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def check_lengths(self, path: Path) -> None:
+        """InputError naming the file, if not every column has an entry per user."""
+        for name in ("rows", "popularity", "history_length"):
+            column = getattr(self, name)
+            if column is not None and column.shape != self.targets.shape:
+                raise InputError(
+                    f"{path}: expected {name} of {list(self.targets.shape)} users, got {list(column.shape)}. "
+                    "Copy the file again."
+                )
+
     @property
     def cold(self) -> Tensor:
         """[E] bool, users whose target no training range contains."""
@@ -128,12 +138,17 @@ class SavedRanks:
             saved = cls(Users(test.rows, test.targets, test.popularity, tensors["history_length"]), valid)
         except KeyError as error:
             raise InputError(f"{path} holds no ranks of a leaderboard: it lacks {error}. Copy it again.") from error
+        for role in ROLES:
+            saved.users(role).check_lengths(path)
         found: dict[str, list[tuple[str, int, Tensor]]] = defaultdict(list)
         for name, tensor in tensors.items():
             role = "valid" if name.startswith(_prefix("valid")) else "test"
             kind, _, rest = name.removeprefix(_prefix(role)).partition("/")
             if kind == "ranks":
                 row, _, seed = rest.rpartition("/seed_")
+                num_users = len(saved.users(role))
+                if not seed.isdecimal() or tensor.dtype != torch.uint8 or tensor.shape != (num_users,):
+                    raise InputError(f"{path}: {name} is not the ranks of {num_users:,} users. Copy the file again.")
                 found[role].append((row, int(seed), tensor))
         for role, entries in found.items():
             for row, number, tensor in sorted(entries, key=lambda entry: entry[:2]):

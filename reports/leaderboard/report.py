@@ -72,8 +72,8 @@ def page(board: Board, about: Row) -> str:
 
 def _footer(about: Row) -> str:
     return (
-        f"{about['command']}, commit {about['commit']}, {about['date']}, on {about['device']}. Every measured number "
-        "follows from the saved ranks of every user: the same command with --recompute."
+        f"{about['command']}, commit {about['commit']}, {about['date']}, on {about['device']}. Every measured metric, "
+        "interval and comparison follows from the saved ranks of every user: the same command with --recompute."
     )
 
 

@@ -17,6 +17,12 @@ _METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20"
 _DECISIVE = "ndcg@10"
 """Rows stand in the order of it."""
 
+_SIGNIFICANCE = (
+    "Intervals are 95% of the paired bootstrap over users, p is of the paired randomisation test with 10,000 random "
+    "signs per user, which can say no less than 0.0001. Where only a handful of users differ the interval is too "
+    "narrow: go by p there. Neither allows for the number of comparisons, nor for how another training would come out."
+)
+
 
 class Cell(NamedTuple):
     """A value, and what stands small beside it."""
@@ -90,10 +96,14 @@ def introduction(board: Board) -> list[str]:
     seeds = settings["seeds"]
     sentences = [
         f"{settings['protocol']}. Every test user has one target, ranked among all items; a hit is that item.",
-        "Small numbers are 95% intervals of the bootstrap over users, of gains averaged over the seeds"
+        "Small numbers are 95% intervals over users (Wilson's, as in evaluate.py), of gains averaged over the seeds"
         + (f"; ± is the standard deviation over the seeds {', '.join(map(str, seeds))}." if len(seeds) > 1 else "."),
-        "Rows marked “published” are numbers from papers, not measured here; see their sources.",
     ]
+    if board.published:
+        sentences.append(
+            "Rows marked “published” come from papers and other reports and were not measured here, often under "
+            "another protocol; see their sources."
+        )
     if settings["failed"]:
         sentences.append(f"Runs that failed and are missing here: {'; '.join(settings['failed'])}.")
     if settings["quick"]:
@@ -145,7 +155,8 @@ def _against_baseline(board: Board) -> Table:
     ]
     notes = [
         f"The best counted or sequence model by validation NDCG@10 is {best}. Differences are the row minus {best}, "
-        "paired user by user, with 95% bootstrap intervals; p is of the paired randomisation test."
+        "paired user by user.",
+        _SIGNIFICANCE,
     ]
     return Table(title, ("model", "metric", *SLICES), rows, notes, numbers=(2, 3, 4))
 
@@ -160,13 +171,16 @@ def _within_models(board: Board) -> Table:
         ]
         for row in board.differences
     ]
-    return Table("Hybrid against generative", ("rows", "users", "metric", "difference"), rows, numbers=(3,))
+    head = ("rows", "users", "metric", "difference")
+    return Table("Hybrid against generative", head, rows, [_SIGNIFICANCE], numbers=(3,))
 
 
 def _difference(value: Row) -> Cell:
     if value["count"] == 0:
         return Cell("no users")
     text = f"{value['mean']:+.4f}"
+    if value["low"] == value["high"] == 0:
+        return Cell(text, "no user differs")
     verdict = "excludes zero" if value["excludes_zero"] else "includes zero"
     return Cell(text, f"{_interval(value)}, {verdict}, p {value['p_value']:.2g}")
 
@@ -187,7 +201,8 @@ def _runs(board: Board) -> Table:
     notes = [
         "Parameters are the trainable ones. Training minutes include validation during training; evaluation minutes "
         "are those of all of a run's rankers, and the baselines beside them, on validation and test users; one number "
-        "per seed. A tokenizer is trained once and shared by seeds and models whose configs name the same one."
+        "per seed. The budget is for the training minutes; a tokenizer comes on top of it, trained once and shared by "
+        "seeds and models whose configs name the same one."
     ]
     return Table("Runs", head, rows, notes, numbers=range(1, 6))
 
@@ -199,7 +214,7 @@ def _run_cells(run: Row) -> list[Cell]:
         Cell(_minutes([run["tokenizer_minutes"]])),
         Cell(_minutes(run["evaluation_minutes"])),
         Cell(_minutes([run["budget_minutes"]])),
-        Cell(run["hardware"], count(run["threads"], "thread")),
+        Cell(run["hardware"], _threads(run["threads"])),
         Cell(", ".join(run["commits"])),
         Cell(run["config"], f"{'seeds' if len(run['seeds']) > 1 else 'seed'} {', '.join(map(str, run['seeds']))}"),
     ]
@@ -215,6 +230,12 @@ def _sources(board: Board) -> Table:
 
 def _minutes(values: Sequence[float | None]) -> str:
     return ", ".join(f"{value:.1f}" for value in values if value is not None) or NOTHING
+
+
+def _threads(numbers: Sequence[int]) -> str:
+    """Of all seeds, as one number where they agree."""
+    different = sorted(set(numbers))
+    return count(different[0], "thread") if len(different) == 1 else f"{' or '.join(map(str, different))} threads"
 
 
 def _interval(value: Row) -> str:

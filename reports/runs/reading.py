@@ -100,9 +100,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read_run(folder: Path, name: str) -> Run:
     if not any((folder / mark).is_file() for mark in _MARKS):
         reason = "holds none of " + ", ".join(_MARKS) if folder.is_dir() else "is no folder"
-        raise InputError(
-            f"{folder} {reason}. Give the folder of a run: the save_dir_root of train_rqvae.py or train_decoder.py."
-        )
+        raise InputError(f"{folder} {reason}. Give the folder of a run: the save_dir_root of its training.")
     environment, settings = _read_json(folder / "env.json"), _read_settings(folder / "operative_config.gin")
     found = {"env.json": environment, "operative_config.gin": settings}
     progress = [

@@ -18,7 +18,7 @@ from benchmarks.leaderboard.models import MODELS, Config, find_configs
 from benchmarks.leaderboard.runs import run_python
 from benchmarks.leaderboard.saved import SavedRanks, Users
 from data.schemas import InputError
-from evaluation.evaluator import sliced_metrics
+from evaluation.metrics import HIGH, LOW, sliced_metrics
 from tests.benchmarks.leaderboard_fakes import FakeScripts, fake_artifact, write_configs
 from tests.tiny_dataset import NUM_COLD_TEST, NUM_USERS
 
@@ -116,6 +116,26 @@ def test_every_number_follows_from_the_saved_ranks(boards, capsys):
     assert any("/against_best_baseline/all/" in line for line in lines)
 
 
+def test_damaged_ranks_are_named(boards):
+    assert boards.run("--models", "popularity") == 0
+    path = boards.file(".ranks.safetensors")
+    saved = load_file(path)
+    ranks = saved["ranks/popularity/seed_0"]
+
+    def refused(**damaged):
+        save_file({**saved, **{name: tensor.clone() for name, tensor in damaged.items()}}, path)
+        with pytest.raises(InputError) as caught:
+            boards.run("--recompute")
+        return str(caught.value)
+
+    no_ranks = f"is not the ranks of {NUM_USERS} users"
+    assert f"ranks/popularity/seed_0 {no_ranks}" in refused(**{"ranks/popularity/seed_0": ranks[:-1]})
+    assert f"ranks/popularity/seed_0 {no_ranks}" in refused(**{"ranks/popularity/seed_0": ranks.float()})
+    assert f"ranks/popularity {no_ranks}" in refused(**{"ranks/popularity": ranks})
+    lengths = saved["history_length"]
+    assert f"expected history_length of [{NUM_USERS}] users" in refused(history_length=lengths[:-1])
+
+
 def test_a_number_that_does_not_follow_is_noticed(boards, capsys):
     assert boards.run("--models", "popularity", "sasrec") == 0
     path = boards.file(".json")
@@ -161,6 +181,8 @@ def test_metrics_of_one_seed_are_those_of_the_evaluator(boards):
     for part in ("all", "warm", "cold"):
         for metric in ("recall@5", "recall@20", "ndcg@5", "ndcg@10"):
             assert row["slices"][part][metric]["mean"] == pytest.approx(expected[f"{part}/{metric}"], abs=1e-12)
+            assert row["slices"][part][metric]["low"] == pytest.approx(expected[f"{part}/{metric}{LOW}"], abs=1e-12)
+            assert row["slices"][part][metric]["high"] == pytest.approx(expected[f"{part}/{metric}{HIGH}"], abs=1e-12)
             assert row["slices"][part][metric]["std"] is None
 
 
@@ -199,6 +221,14 @@ def test_finished_runs_of_other_settings_are_not_taken_for_these(boards):
     config.write_text(config.read_text() + "LoopConfig.num_steps = 5\n")
     with pytest.raises(InputError, match="finished run of another config, budget or split"):
         boards.run("--models", "sasrec")
+
+
+def test_limited_time_is_compared_with_as_many_threads_alone(boards):
+    models = ("--models", "popularity", "sasrec")
+    assert boards.run(*models, "--threads", "2") == 0  # the config limits sasrec to 7 minutes
+    with pytest.raises(InputError, match=r"sasrec.* was trained with 2 threads, .* Give --threads 2, remove it"):
+        boards.run(*models, "--threads", "1")
+    assert boards.run("--models", "popularity", "--threads", "1") == 0
 
 
 def test_runs_on_other_data_cannot_share_a_board(boards):

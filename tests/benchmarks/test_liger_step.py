@@ -63,6 +63,7 @@ def test_sizes_are_those_of_the_configs() -> None:
     model = configs_of(SIZES["small"])[OURS]
     for name in ("d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers", "dropout"):
         assert f"RetrievalModelConfig.{name} = {getattr(model, name)}\n" in lines
+    lines = (REPOSITORY / "configs/liger_beauty_minilm.gin").read_text()
     assert f"ItemInputConfig.hidden_dims = {SIZES['small'].hidden_dims}\n" in lines
     full = configs_of(SIZES["full"])[OURS]
     assert (full.d_model, full.num_heads, full.head_dim, full.d_ff) == (128, 6, 64, 1024)

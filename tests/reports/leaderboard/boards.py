@@ -59,7 +59,7 @@ def _measured(name: str, index: int, users: dict[str, int], seeds: tuple[int, ..
         "evaluation_minutes": [1.26 for _ in seeds],
         "budget_minutes": 45.0,
         "hardware": "Abacus",
-        "threads": 1,
+        "threads": [1 for _ in seeds],
         "commits": ["0123456"],
         "config": "configs/a.gin",
         "seeds": list(seeds),

@@ -46,6 +46,31 @@ def test_a_slice_without_users_is_said_to_be_empty_and_has_no_numbers():
     assert lines(section(text, "Against"), "| sasrec | ndcg@10 ")[0].endswith("| no users |")
 
 
+def test_a_difference_without_a_user_who_differs_has_no_interval():
+    rows = board_rows(["popularity", "sasrec"])
+    rows[2]["against_best_baseline"]["cold"]["ndcg@10"] |= {"mean": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    against = section(markdown(Board.of(rows), ABOUT), "Against")
+    assert lines(against, "| sasrec | ndcg@10 ")[0].endswith("| +0.0000 (no user differs) |")
+
+
+def test_comparisons_say_what_their_intervals_leave_out():
+    text = markdown(Board.of(board_rows(["popularity", "sasrec"])), ABOUT)
+    for title in ("Against the best baseline", "Hybrid against generative"):
+        assert "Neither allows for the number of comparisons" in section(text, title)
+
+
+def test_seeds_with_other_numbers_of_threads_are_told():
+    rows = board_rows(["popularity"], seeds=(0, 1))
+    rows[1]["run"]["threads"] = [2, 1]
+    assert "| Abacus (1 or 2 threads) |" in section(markdown(Board.of(rows), ABOUT), "Runs")
+
+
+def test_published_rows_are_explained_where_there_are_any():
+    rows = board_rows(["popularity"])
+    assert "Rows marked “published”" in markdown(Board.of(rows), ABOUT)
+    assert "published" not in markdown(Board.of(rows[:-1]), ABOUT)
+
+
 def test_what_failed_and_what_is_quick_is_said():
     rows = board_rows(["popularity"])
     rows[0]["settings"] |= {"quick": True, "failed": ["hstu, seed 0: error: no"]}
