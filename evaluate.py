@@ -178,7 +178,7 @@ def dataset_config(manifest: dict[str, Any], *, root: str | None, raw_dir: str |
     if not isinstance(fields, dict) or "dataset" not in fields:
         raise InputError(
             "the artifact's manifest.json does not say on which dataset the model was trained (key 'dataset'); "
-            "evaluate.py needs an artifact that train_decoder.py wrote."
+            "evaluate.py needs an artifact that train_decoder.py, train_sequence.py or fit_baseline.py wrote."
         )
     config = DatasetConfig.from_dict(fields)
     return replace(config, root=root or config.root, raw_dir=raw_dir or config.raw_dir)

@@ -86,6 +86,7 @@ def train(
     ranker = RANKERS[type(model)].fit(prepared.histories, protocol.split.train, len(catalogue), model)
     settings = {"max_history": max_history, "batch_size": batch_size}
     ranker = ranker.with_settings(**settings)
+    run.accept_changes()
 
     origin = {
         "dataset": dataset.to_dict(),

@@ -111,6 +111,7 @@ def train(
         validate=lambda: protocol.evaluate(
             [ranker], "valid", max_users=max_valid_users, seed=seed, processes=processes
         ),
+        selection_metric=f"{ranker.name}/valid/all/ndcg@10",
     )
     trackers = {"wandb_logging": wandb_logging, "tensorboard_logging": tensorboard_logging}
     result = run_training(task, loop, run, seed=seed, resume=options.resume, **trackers)

@@ -17,7 +17,7 @@ class ItemTable:
     """Rows of all items of a catalogue; row i belongs to item_id i.
 
     Attributes:
-        features: [N, D_in] float32 as the feature encoder gave them; zeros where missing.
+        features: [N, D_in] float32 as the feature encoder gave them; finite but without meaning where missing.
         missing: [N] bool, true where an item has no features.
         cold: [N] bool, true where no training range of the model's split contains the item.
 
@@ -90,4 +90,7 @@ class ItemTable:
         missing = [name for name in _COLUMNS if name not in tensors]
         if missing:
             raise InputError(f"{path} is not an item table: it lacks {', '.join(missing)}.")
-        return cls(*(tensors[name] for name in _COLUMNS))
+        try:
+            return cls(*(tensors[name] for name in _COLUMNS))
+        except InputError as error:
+            raise InputError(f"{path}: {error} Copy the artifact again.") from error

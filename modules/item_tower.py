@@ -1,7 +1,7 @@
 """How a retrieval model reads the features of items: one projection, of the whole catalogue at once."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ops
 from data.schemas import InputError
+from modules.config_names import check_names
 from modules.item_table import ItemTable
 from modules.mlp import SkipMLP
 
@@ -58,13 +59,7 @@ class ItemInputConfig:
         Raises:
             InputError: on unknown names or values out of range.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise InputError(
-                f"ItemInputConfig does not know {', '.join(unknown)}; valid names: {', '.join(known)}. "
-                "The file may come from a newer version of this library."
-            )
+        check_names(cls, values)
         return cls(**values)
 
 
@@ -138,7 +133,7 @@ class ItemTower(nn.Module):
     def state_key(self) -> Hashable:
         """Differs from what it was before wherever PyTorch has noticed a change of the projection."""
         tensors = chain(self.parameters(), self.buffers())
-        return tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
+        return tuple((_version(tensor), tensor.data_ptr()) for tensor in tensors)
 
     def _check_width(self, features: Tensor) -> None:
         if features.shape[1:] != (self.num_features,):
@@ -146,6 +141,11 @@ class ItemTower(nn.Module):
                 f"ItemTower expected item features [N, {self.num_features}], got {list(features.shape)}. Encode the "
                 "items as those that the model was trained with, or set ItemInputConfig.num_features."
             )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Changes in place that PyTorch has counted; it counts none of tensors that were made in inference mode."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class _Projection(SkipMLP):

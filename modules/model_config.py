@@ -1,9 +1,10 @@
 """Sizes of the retrieval model."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data.schemas import InputError
+from modules.config_names import check_names
 from modules.item_tower import ItemInputConfig
 from modules.tokenizer.vocabulary import CodeVocabulary
 
@@ -101,13 +102,7 @@ class RetrievalModelConfig:
         Raises:
             InputError: on unknown names, missing languages or values out of range.
         """
-        known = [known_field.name for known_field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise InputError(
-                f"RetrievalModelConfig does not know {', '.join(unknown)}; valid names: {', '.join(known)}. "
-                "The file may come from a newer version of this library."
-            )
+        check_names(cls, values)
         if "languages" not in values:
             raise InputError("RetrievalModelConfig expected 'languages', got none.")
         items = values.get("items")

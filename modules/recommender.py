@@ -316,5 +316,5 @@ def _no_known_item(row: int, unknown: list[str]) -> str:
         return f"history {row} is empty; expected at least one item key."
     return (
         f"history {row} has no item that the catalogue knows; got {len(unknown)} unknown keys: {first_few(unknown)}. "
-        "Item keys are the data source's own ids, as in the tokenizer's catalogue."
+        "Item keys are the data source's own ids, as in the model's catalogue."
     )

@@ -40,6 +40,8 @@ def top_items(
 def _top_columns(scores: Tensor, k: int) -> Tensor:
     """[B, k] columns of the k highest scores in any order, the lowest columns where the k-th score ties."""
     values, columns = scores.topk(k, dim=1)
+    if k == 0:
+        return columns
     kth = values[:, -1:]
     open_choice = ((scores >= kth).sum(dim=1) > k) & (kth[:, 0] > -torch.inf)
     if bool(open_choice.any()):

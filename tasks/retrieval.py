@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from data.batching import Examples, TrainingBatches
@@ -10,9 +9,10 @@ from data.schemas import SeqBatch
 from modules.item_table import ItemTable
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.sequence import SequenceTokenizer
+from tasks.sequence import SequenceTask
 
 
-class RetrievalTask:
+class RetrievalTask(SequenceTask):
     """What the training loop needs to know of the retrieval model.
 
     Args:
@@ -26,7 +26,6 @@ class RetrievalTask:
     """
 
     selection_metric = "generative/valid/all/ndcg@10"
-    higher_is_better = True
 
     def __init__(
         self,
@@ -39,24 +38,9 @@ class RetrievalTask:
         items: ItemTable | None = None,
         selection_metric: str = selection_metric,
     ) -> None:
-        self.model: nn.Module = model
-        self._batches = batches
+        super().__init__(model, batches, item_keys=item_keys, validate=validate, selection_metric=selection_metric)
         self._tokenize = tokenize
-        self._item_keys = item_keys
-        self._validate = validate
         self._items = items
-        self.selection_metric = selection_metric
-
-    def batch(self, step: int) -> Examples | SeqBatch:
-        """Where the histories and targets of a step lie."""
-        return self._batches.draw(step)
-
-    def item_keys(self, step: int) -> list[str]:
-        """Every item of the histories and targets of a step once."""
-        batch = self._batches.batch(step)
-        assert batch.targets is not None
-        ids = torch.cat([batch.item_ids[: int(batch.offsets[-1])], batch.targets]).unique()
-        return [self._item_keys[item_id] for item_id in ids.tolist()]
 
     def loss(self, model: nn.Module, batch: Examples | SeqBatch) -> dict[str, Tensor]:
         """What the model's `forward` returns for the batch."""
@@ -67,7 +51,3 @@ class RetrievalTask:
             return model(tokens)
         self._items = self._items.to(device)  # moves once; recorded steps read it where it then lies
         return model(tokens, self._items)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Item-level metrics on validation targets."""
-        return self._validate()

@@ -1,4 +1,4 @@
-"""Training models that predict the next item at every position of a history."""
+"""Training models of item histories."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,31 +7,32 @@ from torch import Tensor, nn
 
 from data.batching import Examples, TrainingBatches
 from data.schemas import SeqBatch
-from modules.sequential.next_item import NextItemModel
 
 
 class SequenceTask:
-    """What the training loop needs to know of such a model.
+    """What the training loop needs to know of a model that is trained on batches of item ids.
 
     Args:
-        model: of any kind; its name is that of its ranker.
+        model: its `forward` returns the losses of a batch.
         batches: training batches of item ids.
         item_keys: of the catalogue.
         validate: metrics of the model as it is, on validation targets.
+        selection_metric: key of a metric of `validate` that chooses the best weights.
     """
 
     higher_is_better = True
 
     def __init__(
         self,
-        model: NextItemModel,
+        model: nn.Module,
         batches: TrainingBatches,
         *,
         item_keys: Sequence[str],
         validate: Callable[[], dict[str, float]],
+        selection_metric: str,
     ) -> None:
-        self.model: nn.Module = model
-        self.selection_metric = f"{model.name}/valid/all/ndcg@10"
+        self.model = model
+        self.selection_metric = selection_metric
         self._batches = batches
         self._item_keys = item_keys
         self._validate = validate
@@ -48,7 +49,7 @@ class SequenceTask:
         return [self._item_keys[item_id] for item_id in ids.tolist()]
 
     def loss(self, model: nn.Module, batch: Examples | SeqBatch) -> dict[str, Tensor]:
-        """Cross-entropy of the next item, averaged over all positions of the batch."""
+        """What the model's `forward` returns for the batch."""
         return model(self._batches.pack(batch))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -66,7 +66,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "RqVaeConfig.ema_decay": (0.0,),
     "RqVaeConfig.encoder": ("mlp", "skip"),
     "RqVaeConfig.hidden_dims": ((64, 32),),
-    "RqVaeConfig.restart_after": (0,),
     "SASRecConfig.dropout": (0.25,),
     "TablesConfig.text_columns": (("brand",),),
     "UserKNNConfig.decay": (0.5,),

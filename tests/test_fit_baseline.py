@@ -111,3 +111,6 @@ def test_a_run_is_not_replaced_by_accident_and_is_done_anew_on_request(folder, c
     for option in (["--resume", "auto"], ["--overwrite"]):
         assert fit(folder, *option) == 0
         assert (folder / "run" / "metrics.json").read_text() == before
+    assert fit(folder, "--resume", "auto", "--allow-changes", "--gin.UserKNNConfig.decay=0.25") == 0
+    assert load_model_artifact(folder / "run").model.config.decay == 0.25
+    assert "UserKNNConfig.decay = 0.25" in (folder / "run" / "operative_config.gin").read_text()

@@ -4,15 +4,18 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+import tasks.outcome
 import train_decoder
 from data.features import FeatureConfig
 from data.schemas import InputError
 from modules.artifact import load_model_artifact
+from modules.dense.projected_items import ProjectedItems
 from modules.item_tower import ItemInputConfig
 from modules.model import RetrievalModelConfig
 from tasks.protocol import EvaluationProtocol
@@ -97,6 +100,13 @@ def test_cold_items_are_those_that_training_does_not_show(liger):
     assert not items.missing.any()
 
 
+@pytest.fixture
+def without_test_metrics(monkeypatch):
+    """For tests that ask nothing of what follows the training."""
+    monkeypatch.setattr(train_decoder, "finish", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("without_test_metrics")
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(folder, liger):
     half = replace(LOOP, num_steps=3)
     train(folder, "stopped", loop=half)
@@ -106,11 +116,17 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(folder, liger):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_dense_head_alone_has_no_decoder(folder):
-    model = load_model_artifact(train(folder, "dense", replace(LIGER, sid_loss_weight=0.0), modes=("dense",))).model
+def test_the_dense_head_alone_has_no_decoder_and_projects_the_catalogue_once_per_state(folder, monkeypatch):
+    monkeypatch.setattr(tasks.outcome, "_report", lambda *_: None)
+    dense = replace(LIGER, sid_loss_weight=0.0)
+    with mock.patch.object(ProjectedItems, "_project_", autospec=True, side_effect=ProjectedItems._project_) as calls:
+        run = train(folder, "dense", dense, modes=("dense",))
+    assert calls.call_count == 3  # at either evaluation, and for valid and test of the best weights
+    model = load_model_artifact(run).model
     assert not any(name.startswith(("decoder.", "heads.")) for name in model.state_dict())
 
 
+@pytest.mark.usefixtures("without_test_metrics")
 def test_text_input_alone_has_no_dense_head(folder):
     artifact = load_model_artifact(
         train(folder, "text", replace(LIGER, embedding_loss_weight=0.0), modes=("generative",))

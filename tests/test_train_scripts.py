@@ -16,10 +16,12 @@ from data.schemas import InputError
 from modules.artifact import load_model_artifact
 from modules.estimators import QuantizeMode
 from modules.recommender import Recommender
+from modules.rqvae import RqVaeConfig
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from tasks.rqvae import RqVaeTask
 from tests.training.tasks import retrieval_task, tokenizer_settings
 from training.cli import RunOptions, main
+from training.loop_config import LoopConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "configs" / "demo"
@@ -109,6 +111,15 @@ def test_a_tokenizer_of_other_settings_is_refused(folder, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "was trained with other data or settings" in error
     assert "train_decoder.train.tokenizer" in error
+
+
+def test_a_tokenizer_of_the_items_that_another_split_shows_is_another_one():
+    def hash_of(train_on: str, split: str) -> str:
+        settings, loop = tokenizer_settings(train_on=train_on), LoopConfig(num_steps=1, learning_rate=1.0)
+        return train_rqvae._hash_of([], [split], RqVaeConfig(input_dim=8), loop, settings)
+
+    assert hash_of("seen", "liger") != hash_of("seen", "leave_one_out")
+    assert hash_of("all", "liger") == hash_of("all", "leave_one_out")
 
 
 def test_a_tokenizer_of_another_catalogue_is_refused(folder, tmp_path, capsys):

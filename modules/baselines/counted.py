@@ -1,12 +1,13 @@
 """What the baselines that are counted, not trained, have in common: modules whose buffers are counts."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from data.schemas import NO_ITEM, Histories, InputError, ItemFilter, Ranges, SeqBatch
+from modules.config_names import check_names
 from modules.top_items import top_items
 
 _MAX_CELLS = 1 << 25
@@ -32,13 +33,7 @@ class CountedConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """A config from what `to_dict` gave; InputError on unknown names and on values out of range."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise InputError(
-                f"{cls.__name__} does not know {', '.join(unknown)}; valid names: {', '.join(known)}. "
-                "The file may come from a newer version of this library."
-            )
+        check_names(cls, values)
         return cls(**values)
 
 

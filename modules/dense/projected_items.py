@@ -61,14 +61,16 @@ class ProjectedItems:
         The same tensor at every call, changed in place, until the catalogue or the device changes.
         """
         device = next(self.model.parameters()).device
+        vectors, known = self._vectors, self._key
+        if vectors is None or vectors.device != device:
+            vectors, known = self._room(len(self), device), None
         with evaluation_mode(self.model):
             key = self.model.weights_key()
-            moved = self._vectors is not None and self._vectors.device != device
-            if self._vectors is None or moved or key != self._key:
-                projected = self._project(self._items, torch.arange(len(self)))
-                self._vectors = projected if self._vectors is None or moved else self._vectors.copy_(projected)
-                self._key, self._unit = key, None
-        return self._vectors
+            if key != known:
+                self._key = None  # nothing counts as projected if this is interrupted
+                self._project_(vectors, self._items, torch.arange(len(self)))
+                self._vectors, self._unit, self._key = vectors, None, key
+        return vectors
 
     def unit(self) -> Tensor:
         """[N, D] vectors of length one, whose dot products with queries are the model's scores."""
@@ -90,11 +92,11 @@ class ProjectedItems:
             self._vectors = None
         if self._vectors is not None:
             rows = _changed_rows(self._items, items)
-            vectors = self._vectors.new_empty(len(items), self._vectors.shape[1])
+            vectors = self._room(len(items), self._vectors.device)
             num_kept = min(len(self), len(items))
             vectors[:num_kept] = self._vectors[:num_kept]
             with evaluation_mode(self.model):
-                vectors[rows.to(vectors.device)] = self._project(items, rows)
+                self._project_(vectors, items, rows)
             self._vectors, self._unit = vectors, None
         self._items = items
 
@@ -107,19 +109,18 @@ class ProjectedItems:
                 "rows. Add items to the tokenizer and to the ItemTable alike."
             )
 
+    def _room(self, num_items: int, device: torch.device) -> Tensor:
+        """[N, D] for vectors, which can be changed in place in and outside of inference mode."""
+        with torch.inference_mode(False):
+            return torch.empty(num_items, self.model.config.d_model, device=device)
+
     @torch.no_grad()
-    def _project(self, items: ItemTable, rows: Tensor) -> Tensor:
-        """[M, D] vectors of some rows."""
-        device = next(self.model.parameters()).device
-        rows = rows.to(items.features.device)
-        with torch.autocast(device.type, enabled=False):
-            blocks = [
-                self.model.project_items(
-                    ItemTable(items.features[block], items.missing[block], items.cold[block]).to(device)
-                )
-                for block in rows.split(_BLOCK_ITEMS)
-            ]
-        return torch.cat(blocks)
+    def _project_(self, vectors: Tensor, items: ItemTable, rows: Tensor) -> None:
+        """Put the vectors of some rows of a table into their places, block by block."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            for block in rows.to(items.features.device).split(_BLOCK_ITEMS):
+                part = ItemTable(items.features[block], items.missing[block], items.cold[block]).to(vectors.device)
+                vectors[block.to(vectors.device)] = self.model.project_items(part)
 
 
 def _changed_rows(before: ItemTable, after: ItemTable) -> Tensor:

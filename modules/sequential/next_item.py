@@ -1,7 +1,7 @@
 """What models share that read histories of item ids and predict the next item at every position."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 import ops
 from data.schemas import NO_TARGET, InputError, SeqBatch
+from modules.config_names import check_names
 
 INITIAL_STD = 0.02
 """Of embeddings. Items that start near each other are told apart by what is learned: on Amazon Beauty a SASRec had
@@ -58,13 +59,7 @@ class NextItemConfig:
         Raises:
             InputError: on unknown names or values out of range.
         """
-        known = [known_field.name for known_field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise InputError(
-                f"{cls.__name__} does not know {', '.join(unknown)}; valid names: {', '.join(known)}. "
-                "The file may come from a newer version of this library."
-            )
+        check_names(cls, values)
         return cls(**values)
 
 

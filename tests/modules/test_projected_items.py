@@ -85,6 +85,17 @@ def test_vectors_follow_the_weights_in_one_place_of_memory(change):
     assert not torch.allclose(projected.unit(), unit)
 
 
+def test_what_inference_mode_made_goes_on_outside_of_it():
+    model, items = liger_model(), item_table()
+    with torch.inference_mode():
+        born_there = liger_model()
+        projected = ProjectedItems(model, items)
+        before = projected.vectors().clone()
+        torch.testing.assert_close(ProjectedItems(born_there, items).vectors(), before)
+    averages_copied_in(model)
+    assert not torch.equal(projected.vectors(), before)
+
+
 def test_dropout_and_autocast_are_off_and_training_mode_comes_back():
     model, items = liger_model(), item_table()
     projected = ProjectedItems(model, items)

@@ -3,9 +3,11 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data.schemas import Histories, InputError, Ranges, SeqBatch
 from modules.artifact import load_model_artifact, save_model_artifact
@@ -169,6 +171,10 @@ def test_items_that_are_damaged_or_missing_are_named(liger, tmp_path):
     assert "features of shape [12, 6]" in (text := broken("short", replaced(tiny_items(11))))
     assert "got [11, 6]" in text
     assert "got [12, 5]" in broken("narrow", replaced(narrow))
+    table = tiny_items()
+    numbers = {"features": table.features, "missing": table.missing.float(), "cold": table.cold}
+    other = SimpleNamespace(save=lambda path: save_file(numbers, path))
+    assert "items.safetensors: ItemTable.missing expected 12 rows of torch.bool" in broken("other", replaced(other))
 
 
 def test_a_catalogue_that_is_damaged_missing_or_of_others_is_named(tmp_path):
