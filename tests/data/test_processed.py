@@ -233,7 +233,7 @@ names = [build_source(DatasetConfig(dataset=member, category=categories.get(memb
 print(dataset.histories.num_users, dataset.catalogue.display_name(0), *names)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=raw.parent)
-    assert done.stdout == "3 Dee amazon-beauty amazon-reviews-beauty ml-1m ml-32m demo\n", done.stderr
+    assert done.stdout == "3 Dee amazon-beauty amazon-reviews-beauty ml-1m ml-32m steam demo\n", done.stderr
 
 
 def test_unknown_names_list_the_valid_ones(raw):
