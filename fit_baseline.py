@@ -22,7 +22,7 @@ from modules.baselines.item_knn import ItemKNNConfig, ItemKNNRanker
 from modules.baselines.popularity import PopularityConfig, PopularityRanker
 from modules.baselines.random import RandomConfig, RandomRanker
 from modules.baselines.user_knn import UserKNNConfig, UserKNNRanker
-from tasks.outcome import finish
+from tasks.outcome import finish, origin_of
 from tasks.protocol import EvaluationProtocol
 from training.checks import require_at_least
 from training.cli import main
@@ -88,12 +88,7 @@ def train(
     ranker = ranker.with_settings(**settings)
     run.accept_changes()
 
-    origin = {
-        "dataset": dataset.to_dict(),
-        "dataset_manifest_hash": prepared.manifest_hash,
-        "exclude_seen": protocol.exclude_seen,
-        "environment": run.environment(),
-    }
+    origin = origin_of(run, dataset, protocol)
     name = ranker.name
     on_main(lambda: save_model_artifact(run.model, ranker, catalogue, origin, ranker_settings=settings, system=name))
     if options.is_trial:

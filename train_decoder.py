@@ -31,7 +31,7 @@ from modules.tokenizer.legacy import is_legacy, load_legacy
 from modules.tokenizer.sequence import SequenceTokenizer
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from tasks.items import load_item_table, sized
-from tasks.outcome import finish
+from tasks.outcome import finish, origin_of
 from tasks.protocol import EvaluationProtocol
 from tasks.retrieval import RetrievalTask
 from training.checks import require_at_least
@@ -150,15 +150,7 @@ def train(
     trackers = {"wandb_logging": wandb_logging, "tensorboard_logging": tensorboard_logging}
     result = run_training(task, loop, run, seed=seed, resume=options.resume, **trackers)
 
-    origin = {
-        "dataset": dataset.to_dict(),
-        "dataset_manifest_hash": prepared.manifest_hash,
-        "exclude_seen": protocol.exclude_seen,
-        "item_features": encoder,
-        "environment": run.environment(),
-        "steps": result.steps,
-        "best_step": result.best_step,
-    }
+    origin = origin_of(run, dataset, protocol, result) | {"item_features": encoder}
     settings["mode"] = modes[0]
     on_main(
         lambda: save_model_artifact(

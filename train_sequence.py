@@ -23,7 +23,7 @@ from modules.dense.vector_ranker import SequenceRanker
 from modules.sequential.hstu import HSTUConfig
 from modules.sequential.next_item import NextItemConfig
 from modules.sequential.sasrec import SASRecConfig
-from tasks.outcome import finish
+from tasks.outcome import finish, origin_of
 from tasks.protocol import EvaluationProtocol
 from tasks.sequence import SequenceTask
 from training.checks import require_at_least
@@ -117,14 +117,7 @@ def train(
     result = run_training(task, loop, run, seed=seed, resume=options.resume, **trackers)
 
     catalogue = replace(prepared.catalogue, cold=protocol.cold)
-    origin = {
-        "dataset": dataset.to_dict(),
-        "dataset_manifest_hash": prepared.manifest_hash,
-        "exclude_seen": protocol.exclude_seen,
-        "environment": run.environment(),
-        "steps": result.steps,
-        "best_step": result.best_step,
-    }
+    origin = origin_of(run, dataset, protocol, result)
     name = sequence_model.name
     on_main(lambda: save_model_artifact(run.model, sequence_model, catalogue, origin, ranker_settings={}, system=name))
     if options.is_trial:

@@ -1,7 +1,9 @@
 """What every finished training ends in: metrics beside baselines on both held-out roles, tables, plots and a page."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from data.processed import DatasetConfig
 from evaluation.processes import Processes
 from evaluation.ranker import Ranker
 from evaluation.table import format_metrics
@@ -13,6 +15,26 @@ from training.processes import on_main
 from training.run_folder import RunFolder
 
 _HELD_OUT = ("valid", "test")
+
+
+def origin_of(
+    run: RunFolder, dataset: DatasetConfig, protocol: EvaluationProtocol, training: TrainingResult | None = None
+) -> dict[str, Any]:
+    """Where a model comes from, for the manifest of its artifact.
+
+    Args:
+        run: that made it.
+        dataset: as it was asked for.
+        protocol: whose split it was trained on.
+        training: how training went; None for rankers that were counted, not trained.
+    """
+    origin = {
+        "dataset": dataset.to_dict(),
+        "dataset_manifest_hash": protocol.dataset.manifest_hash,
+        "exclude_seen": protocol.exclude_seen,
+        "environment": run.environment(),
+    }
+    return origin if training is None else origin | {"steps": training.steps, "best_step": training.best_step}
 
 
 def finish(
