@@ -16,7 +16,7 @@ import gin
 import torch
 
 import train_rqvae
-from data.batching import ExampleStrategy, TrainingBatches
+from data.batching import ExampleStrategy
 from data.features import FeatureConfig, load_item_features
 from data.files import json_sha256
 from data.processed import DatasetConfig, PreparedDataset, load_dataset
@@ -34,6 +34,7 @@ from tasks.items import load_item_table, sized
 from tasks.outcome import finish, origin_of
 from tasks.protocol import EvaluationProtocol
 from tasks.retrieval import RetrievalTask
+from tasks.sequence import training_batches
 from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
@@ -123,18 +124,7 @@ def train(
     rankers = make_rankers(retrieval_model, semantic_ids, items, modes=modes, **settings)
     process = process_state()
     processes = Processes(process.process_index, process.num_processes)
-    batches = TrainingBatches(
-        prepared.histories,
-        protocol.split.train,
-        strategy=strategy,
-        max_history=max_history,
-        batch_size=batch_size,
-        seed=seed,
-        device=process.device,
-        fixed_capacity=loop.uses_cuda_graphs(process.num_processes),
-        process_index=process.process_index,
-        num_processes=process.num_processes,
-    )
+    batches = training_batches(protocol, loop, strategy=strategy, batch_size=batch_size, seed=seed)
     tokenize = SequenceTokenizer(semantic_ids.semantic_ids, retrieval_model.vocabulary, language=semantic_ids.language)
     task = RetrievalTask(
         retrieval_model,

@@ -14,7 +14,7 @@ from pathlib import Path
 import gin
 import torch
 
-from data.batching import ExampleStrategy, TrainingBatches
+from data.batching import ExampleStrategy
 from data.processed import DatasetConfig, RecDataset, TablesConfig, load_dataset
 from data.schemas import InputError
 from evaluation.processes import Processes
@@ -25,7 +25,7 @@ from modules.sequential.next_item import NextItemConfig
 from modules.sequential.sasrec import SASRecConfig
 from tasks.outcome import finish, origin_of
 from tasks.protocol import EvaluationProtocol
-from tasks.sequence import SequenceTask
+from tasks.sequence import SequenceTask, training_batches
 from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
@@ -92,18 +92,7 @@ def train(
     ranker = SequenceRanker(sequence_model)
     process = process_state()
     processes = Processes(process.process_index, process.num_processes)
-    batches = TrainingBatches(
-        prepared.histories,
-        protocol.split.train,
-        strategy=strategy,
-        max_history=max_history,
-        batch_size=batch_size,
-        seed=seed,
-        device=process.device,
-        fixed_capacity=loop.uses_cuda_graphs(process.num_processes),
-        process_index=process.process_index,
-        num_processes=process.num_processes,
-    )
+    batches = training_batches(protocol, loop, strategy=strategy, batch_size=batch_size, seed=seed)
     task = SequenceTask(
         sequence_model,
         batches,

@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.batching import Examples, TrainingBatches
+from data.batching import Examples, ExampleStrategy, TrainingBatches
 from data.schemas import SeqBatch
+from tasks.protocol import EvaluationProtocol
+from training.loop_config import LoopConfig
+from training.processes import process_state
 
 
 class SequenceTask:
@@ -55,3 +58,30 @@ class SequenceTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Item-level metrics on validation targets."""
         return self._validate()
+
+
+def training_batches(
+    protocol: EvaluationProtocol, loop: LoopConfig, *, strategy: ExampleStrategy, batch_size: int, seed: int
+) -> TrainingBatches:
+    """Batches of this process over the training ranges of a protocol's split, as the loop wants them.
+
+    Args:
+        protocol: the histories, and how many of their last items are read.
+        loop: whether steps are recorded, which wants batches of few shapes.
+        strategy: how training ranges become examples.
+        batch_size: examples per process and step.
+        seed: of their order.
+    """
+    process = process_state()
+    return TrainingBatches(
+        protocol.dataset.histories,
+        protocol.split.train,
+        strategy=strategy,
+        max_history=protocol.max_history,
+        batch_size=batch_size,
+        seed=seed,
+        device=process.device,
+        fixed_capacity=loop.uses_cuda_graphs(process.num_processes),
+        process_index=process.process_index,
+        num_processes=process.num_processes,
+    )
