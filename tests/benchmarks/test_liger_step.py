@@ -59,7 +59,7 @@ def test_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_sizes_are_those_of_the_configs() -> None:
-    lines = (REPOSITORY / "configs/base/two_cores.gin").read_text()
+    lines = (REPOSITORY / "configs/base/small.gin").read_text()
     model = configs_of(SIZES["small"])[OURS]
     for name in ("d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers", "dropout"):
         assert f"RetrievalModelConfig.{name} = {getattr(model, name)}\n" in lines
