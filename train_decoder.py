@@ -14,6 +14,7 @@ from typing import Any
 
 import gin
 import torch
+from torch import Tensor
 
 import train_rqvae
 from data.batching import ExampleStrategy
@@ -107,9 +108,10 @@ def train(
         raise InputError('train_decoder.train.modes expected at least one way to retrieve, such as ("generative",).')
     prepared = load_dataset(dataset)
     run = RunFolder.open(save_dir_root, options, seed=seed, data_manifest_hash=prepared.manifest_hash)
-    semantic_ids = load_tokenizer(tokenizer, prepared, features, options, save_dir_root)
-    run.require_same(tokenizer=semantic_ids.content_hash)
     protocol = EvaluationProtocol.of(prepared, dataset.split, max_history=max_history, exclude_seen=exclude_seen)
+    semantic_ids = load_tokenizer(tokenizer, prepared, features, options, save_dir_root)
+    _check_trained_without(semantic_ids, protocol.cold, dataset.split)
+    run.require_same(tokenizer=semantic_ids.content_hash)
 
     items, encoder = None, None
     if model.items is not None:
@@ -175,6 +177,17 @@ def load_tokenizer(
             f"the {len(prepared.catalogue):,} of {prepared.folder}, in that order. Train a tokenizer on this data set."
         )
     return tokenizer
+
+
+def _check_trained_without(tokenizer: SemanticIdTokenizer, cold: Tensor, split: str) -> None:
+    """InputError if a tokenizer was trained on what another split's training histories show, not on this split's."""
+    seen_only = tokenizer.manifest.get("provenance", {}).get("train_on") == "seen"
+    if seen_only and not torch.equal(tokenizer.catalogue.cold, cold):
+        raise InputError(
+            f"the tokenizer was trained on the items that training histories contain, but of another split than "
+            f"{split!r}: ids of items that are cold here would not be those of items never seen. Train it with "
+            f"DatasetConfig.split = {split!r} into a folder of its own, or with train_rqvae.train.train_on = 'all'."
+        )
 
 
 def _tokenizer_of_legacy(path: str, prepared: PreparedDataset, features: FeatureConfig | None) -> SemanticIdTokenizer:

@@ -156,7 +156,7 @@ def train(
 
     with torch.no_grad():
         metrics = task.evaluate(rqvae.eval())
-    provenance: dict[str, float | str] = {"settings_hash": settings_hash, **facts}
+    provenance: dict[str, float | str] = {"settings_hash": settings_hash, "train_on": train_on, **facts}
     tokenizers = [_tokenizer(rqvae.cpu(), items, collisions, metrics, provenance) for items in sets]
     run.write_metrics(metrics | tokenizers[0].manifest["metrics"] | facts)
     on_main(lambda: _report(run, tokenizers[0], sets[0]))

@@ -1,6 +1,7 @@
 """Both training scripts and the demo, from the command line to the artifact, on tiny settings."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,36 @@ def test_a_tokenizer_of_the_items_that_another_split_shows_is_another_one():
 
     assert hash_of("seen", "liger") != hash_of("seen", "leave_one_out")
     assert hash_of("all", "liger") == hash_of("all", "leave_one_out")
+
+
+@pytest.mark.parametrize(
+    ("train_on", "split", "expected"),
+    [
+        ("seen", "liger", "of another split than 'liger'"),
+        ("seen", "leave_one_out", "the tokenizer was taken"),
+        ("all", "liger", "the tokenizer was taken"),
+    ],
+)
+def test_a_tokenizer_of_the_items_that_another_split_shows_is_refused(
+    folder, tmp_path, monkeypatch, capsys, train_on, split, expected
+):
+    def reached(*_, **__):
+        raise InputError("the tokenizer was taken")
+
+    monkeypatch.setattr(train_decoder, "run_training", reached)
+    tokenizer = shutil.copytree(folder / "rqvae" / "model", tmp_path / "tokenizer")
+    manifest = json.loads((tokenizer / "manifest.json").read_text())
+    assert manifest["provenance"]["train_on"] == "all"
+    manifest["provenance"]["train_on"] = train_on
+    (tokenizer / "manifest.json").write_text(json.dumps(manifest))
+    places = (
+        f"train_decoder.train.save_dir_root={tmp_path / 'other'}",
+        f"train_decoder.train.tokenizer={tokenizer}",
+        f"DatasetConfig.split={split}",
+    )
+    config = [str(CONFIGS / "decoder.gin"), *overrides(folder, *TINY_DECODER, *places)]
+    assert main(train_decoder.train, "train_decoder", config) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_catalogue_is_refused(folder, tmp_path, capsys):
