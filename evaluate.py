@@ -36,17 +36,15 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Load, rank, print and write; returns the exit code."""
-    from evaluation.processes import Processes
     from evaluation.table import format_metrics
     from modules.artifact import load_model_artifact
-    from tasks.protocol import EvaluationProtocol
+    from tasks.protocol import EvaluationProtocol, run_processes
     from training.processes import leave_together, process_state
 
     for option, path in (("--json", args.json), ("--ranks", args.ranks)):
         check_writable(path, option)
-    state = process_state()
-    processes = Processes(state.process_index, state.num_processes)
-    artifact = load_model_artifact(args.artifact, device=usable_device(args.device or str(state.device)))
+    processes = run_processes()
+    artifact = load_model_artifact(args.artifact, device=usable_device(args.device or str(process_state().device)))
     check_catalogue_unchanged(artifact)
     rankers = artifact.make_rankers(args.mode, beam_width=args.beam_width, batch_size=args.batch_size)
     config = dataset_config(artifact.manifest, root=args.dataset_root, raw_dir=args.raw_dir)

@@ -15,7 +15,6 @@ import gin
 
 from data.processed import DatasetConfig, RecDataset, TablesConfig, load_dataset
 from data.schemas import InputError
-from evaluation.processes import Processes
 from modules.artifact import save_model_artifact
 from modules.baselines.counted import CountedConfig, CountedRanker
 from modules.baselines.item_knn import ItemKNNConfig, ItemKNNRanker
@@ -23,11 +22,11 @@ from modules.baselines.popularity import PopularityConfig, PopularityRanker
 from modules.baselines.random import RandomConfig, RandomRanker
 from modules.baselines.user_knn import UserKNNConfig, UserKNNRanker
 from tasks.outcome import finish, origin_of
-from tasks.protocol import EvaluationProtocol
+from tasks.protocol import EvaluationProtocol, run_processes
 from training.checks import require_at_least
 from training.cli import main
 from training.gin_config import register
-from training.processes import on_main, process_state
+from training.processes import on_main
 from training.run_folder import RunFolder, RunOptions
 
 RANKERS: dict[type[CountedConfig], type[CountedRanker]] = {
@@ -93,8 +92,7 @@ def train(
     on_main(lambda: save_model_artifact(run.model, ranker, catalogue, origin, ranker_settings=settings, system=name))
     if options.is_trial:
         return run.model
-    process = process_state()
-    finish(run, protocol, [ranker], Processes(process.process_index, process.num_processes))
+    finish(run, protocol, [ranker], run_processes())
     return run.model
 
 

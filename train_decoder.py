@@ -22,7 +22,6 @@ from data.features import FeatureConfig, load_item_features
 from data.files import json_sha256
 from data.processed import DatasetConfig, PreparedDataset, load_dataset
 from data.schemas import InputError
-from evaluation.processes import Processes
 from modules.artifact import save_model_artifact
 from modules.generation.beam import Normalize
 from modules.item_tower import ItemInputConfig
@@ -33,7 +32,7 @@ from modules.tokenizer.sequence import SequenceTokenizer
 from modules.tokenizer.tokenizer import SemanticIdTokenizer
 from tasks.items import load_item_table, sized
 from tasks.outcome import finish, origin_of
-from tasks.protocol import EvaluationProtocol
+from tasks.protocol import EvaluationProtocol, run_processes
 from tasks.retrieval import RetrievalTask
 from tasks.sequence import training_batches
 from training.checks import require_at_least
@@ -41,7 +40,7 @@ from training.cli import main
 from training.gin_config import register
 from training.loop import run_training
 from training.loop_config import LoopConfig
-from training.processes import on_main, process_state
+from training.processes import on_main
 from training.run_folder import RunFolder, RunOptions
 
 register(RetrievalModelConfig, ItemInputConfig, ExampleStrategy)
@@ -124,8 +123,7 @@ def train(
         retrieval_model.fit_features_(items)
     settings: dict[str, Any] = {"beam_width": beam_width, "max_history": max_history, "normalize": normalize}
     rankers = make_rankers(retrieval_model, semantic_ids, items, modes=modes, **settings)
-    process = process_state()
-    processes = Processes(process.process_index, process.num_processes)
+    processes = run_processes()
     batches = training_batches(protocol, loop, strategy=strategy, batch_size=batch_size, seed=seed)
     tokenize = SequenceTokenizer(semantic_ids.semantic_ids, retrieval_model.vocabulary, language=semantic_ids.language)
     task = RetrievalTask(

@@ -17,14 +17,13 @@ import torch
 from data.batching import ExampleStrategy
 from data.processed import DatasetConfig, RecDataset, TablesConfig, load_dataset
 from data.schemas import InputError
-from evaluation.processes import Processes
 from modules.artifact import save_model_artifact
 from modules.dense.vector_ranker import SequenceRanker
 from modules.sequential.hstu import HSTUConfig
 from modules.sequential.next_item import NextItemConfig
 from modules.sequential.sasrec import SASRecConfig
 from tasks.outcome import finish, origin_of
-from tasks.protocol import EvaluationProtocol
+from tasks.protocol import EvaluationProtocol, run_processes
 from tasks.sequence import SequenceTask, training_batches
 from training.checks import require_at_least
 from training.cli import main
@@ -32,7 +31,7 @@ from training.gin_config import register
 from training.loop import run_training
 from training.loop_config import LoopConfig
 from training.parameter_groups import ParameterGroup
-from training.processes import on_main, process_state
+from training.processes import on_main
 from training.run_folder import RunFolder, RunOptions
 
 register(DatasetConfig, TablesConfig, LoopConfig, ParameterGroup, HSTUConfig, SASRecConfig)
@@ -90,8 +89,7 @@ def train(
     torch.manual_seed(seed)
     sequence_model = replace(model, num_items=num_items).build()
     ranker = SequenceRanker(sequence_model)
-    process = process_state()
-    processes = Processes(process.process_index, process.num_processes)
+    processes = run_processes()
     batches = training_batches(protocol, loop, strategy=strategy, batch_size=batch_size, seed=seed)
     task = SequenceTask(
         sequence_model,

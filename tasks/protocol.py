@@ -16,6 +16,13 @@ from evaluation.ranker import Ranker
 from evaluation.training_items import never_repeats
 from modules.baselines.item_knn import ItemKNNRanker
 from modules.baselines.popularity import PopularityRanker
+from training.processes import process_state
+
+
+def run_processes() -> Processes:
+    """The processes of this run, as evaluation shares work among them."""
+    state = process_state()
+    return Processes(state.process_index, state.num_processes)
 
 
 @dataclass(frozen=True, eq=False)
