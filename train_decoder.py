@@ -180,7 +180,8 @@ def load_tokenizer(
 def _check_trained_without(tokenizer: SemanticIdTokenizer, cold: Tensor, split: str) -> None:
     """InputError if a tokenizer was trained on what another split's training histories show, not on this split's."""
     seen_only = tokenizer.manifest.get("provenance", {}).get("train_on") == "seen"
-    if seen_only and not torch.equal(tokenizer.catalogue.cold, cold):
+    left_out = tokenizer.catalogue.cold
+    if seen_only and (left_out is None or not torch.equal(left_out, cold)):
         raise InputError(
             f"the tokenizer was trained on the items that training histories contain, but of another split than "
             f"{split!r}: ids of items that are cold here would not be those of items never seen. Train it with "
