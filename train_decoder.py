@@ -77,7 +77,8 @@ def train(
         model: sizes; its languages are those of the tokenizer.
         loop: how to train.
         tokenizer: artifact folder, Hub id, or an RQ-VAE of the older layout (which needs `features`); None trains one
-            with the RQ-VAE config that this config includes, or takes it from that run's folder.
+            with the RQ-VAE config that this config includes, or takes it from that run's folder. One that was trained
+            without cold items must have been without those of this data set's split.
         features: item features, for a model that reads them (`RetrievalModelConfig.items`) and for an RQ-VAE of the
             older layout.
         batch_size: examples per process and step.
@@ -178,14 +179,14 @@ def load_tokenizer(
 
 
 def _check_trained_without(tokenizer: SemanticIdTokenizer, cold: Tensor, split: str) -> None:
-    """InputError if a tokenizer was trained on what another split's training histories show, not on this split's."""
+    """InputError if a tokenizer was trained without cold items, but those of another split."""
     seen_only = tokenizer.manifest.get("provenance", {}).get("train_on") == "seen"
     left_out = tokenizer.catalogue.cold
     if seen_only and (left_out is None or not torch.equal(left_out, cold)):
         raise InputError(
-            f"the tokenizer was trained on the items that training histories contain, but of another split than "
-            f"{split!r}: ids of items that are cold here would not be those of items never seen. Train it with "
-            f"DatasetConfig.split = {split!r} into a folder of its own, or with train_rqvae.train.train_on = 'all'."
+            "the tokenizer was trained without cold items (train_on = 'seen'), but not without those of the split "
+            f"{split!r}: it may have seen items that are cold here. Train one with DatasetConfig.split = {split!r} into "
+            "a folder of its own, or with train_rqvae.train.train_on = 'all'."
         )
 
 

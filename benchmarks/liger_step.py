@@ -9,7 +9,7 @@ the vectors that tokens gather from it, and the loss over the catalogue. Losses 
     dense_only   LIGER without a decoder
     tiger_text   TIGER that reads item features
 
-Two sizes: `small` is that of the configs for two CPU cores with MiniLM features, `full` that of the paper. A row is
+Two sizes: `small` is that of `configs/base/small.gin` with MiniLM features, `full` that of the paper. A row is
 paired with TIGER's: `times_tiger` is the median over rounds of its time over that of the same round. `kept_kb` is what
 the loss of one more example keeps for the backward pass: the same for any width of the features.
 

@@ -126,7 +126,7 @@ def test_a_tokenizer_of_the_items_that_another_split_shows_is_another_one():
 @pytest.mark.parametrize(
     ("train_on", "split", "expected"),
     [
-        ("seen", "liger", "of another split than 'liger'"),
+        ("seen", "liger", "not without those of the split 'liger'"),
         ("seen", "leave_one_out", "the tokenizer was taken"),
         ("all", "liger", "the tokenizer was taken"),
     ],
