@@ -185,8 +185,8 @@ def _check_trained_without(tokenizer: SemanticIdTokenizer, cold: Tensor, split: 
     if seen_only and (left_out is None or not torch.equal(left_out, cold)):
         raise InputError(
             "the tokenizer was trained without cold items (train_on = 'seen'), but not without those of the split "
-            f"{split!r}: it may have seen items that are cold here. Train one with DatasetConfig.split = {split!r} into "
-            "a folder of its own, or with train_rqvae.train.train_on = 'all'."
+            f"{split!r}: it may have seen items that are cold here. Train one with DatasetConfig.split = {split!r}"
+            " into a folder of its own, or with train_rqvae.train.train_on = 'all'."
         )
 
 
