@@ -14,11 +14,11 @@ from data.batching import FeatureBatches
 from data.joined_rows import ChosenRows, RowMatrix
 from data.schemas import InputError
 from evaluation.codebook import check_collapse, codebook_health
-from evaluation.processes import Processes
 from modules.residual_kmeans import residual_kmeans
 from modules.rqvae import RqVae
 from modules.tokenizer.assign import assign_codes
 from modules.tokenizer.policies import CollisionPolicy
+from tasks.protocol import run_processes
 from training.checks import require_at_least
 from training.processes import process_state
 
@@ -122,7 +122,7 @@ class RqVaeTask:
         num_batches: int,
     ) -> None:
         process = process_state()
-        self._processes = Processes(process.process_index, process.num_processes)
+        self._processes = run_processes()
         self.model: nn.Module = model
         self.selection_metric, self.higher_is_better = _SELECTION[settings.select_by]
         self._config = model.config
